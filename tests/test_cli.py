@@ -1,0 +1,85 @@
+"""Flags, --config and --help, through the real command line."""
+
+import json
+
+import pytest
+import yaml
+
+import finetune
+
+BAD_FLAGS = {
+    "misspelt flag": (["--learning-rat", "1e-4"], "--learning-rate"),
+    "unknown choice": (["--lr-scheduler-type", "cosin"], "cosine"),
+    "no number": (["--lora-r", "many"], "--lora-r"),
+    "rank": (["--lora-r", "0"], "--lora-r must be at least 1"),
+    "dropout": (["--lora-dropout", "1.5"], "--lora-dropout"),
+    "epochs": (["--num-train-epochs", "0"], "--num-train-epochs"),
+    "batch": (["--effective-batch-size", "0"], "--effective-batch-size"),
+    "rate": (["--learning-rate", "5"], "--learning-rate"),
+    "length": (["--max-length", "3"], "--max-length"),
+    "eval fraction": (["--eval-fraction", "0.9"], "--eval-fraction"),
+    "one field of two": (["--question-field", "q"], "go together"),
+    "memory": (["--max-vram", "-1"], "--max-vram"),
+    "missing tracker": (["--report-to", "trackio"], "pip install trackio"),
+    "config file": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "nothing to resume": (["--resume"], "no unfinished run"),
+    "output exists": (["--output-dir", "."], "already exists"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FLAGS)
+def test_bad_flags(case, run, faq, tmp_path):
+    flags, expected = BAD_FLAGS[case]
+    done = run("--data", faq, *flags)
+    assert done.returncode == 2 and expected in done.stderr + done.stdout, done.stderr
+    assert "Traceback" not in done.stderr and set(tmp_path.iterdir()) == {faq}
+
+
+def test_several_faults_are_told_at_once(run):
+    done = run("--lora-r", "0", "--learning-rate", "5", "--eval-fraction", "0.9")
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 3
+
+
+def test_help_names_every_knob_with_its_default(run):
+    done = run("--help")
+    assert done.returncode == 0
+    for name in (
+        "--data",
+        "--dry-run",
+        "--lora-r",
+        "--max-vram",
+        "(default: 0.0002)",
+        "the whole job on data/faq_sample",
+    ):
+        assert name in done.stdout
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("learning_rate: 1e-4\nlora_r: 8\ndata: [a.json, b.json]\nfp16: true\nmax_vram: null\n")
+    config = finetune.parse(["--config", str(path), "--lora-r", "32"])
+    assert (config.learning_rate, config.lora_r, config.lora_alpha, config.fp16) == (1e-4, 32, 32, True)
+    assert [str(p) for p in config.data] == ["a.json", "b.json"]
+
+
+def test_a_runs_json_is_a_config_file(tmp_path):
+    path = tmp_path / "run.json"
+    saved = finetune.config_as_json(finetune.Config(learning_rate=3e-5, data=(finetune.Path("x.csv"),)))
+    path.write_text(json.dumps({"status": "complete", "config": saved}))
+    config = finetune.parse(["--config", str(path)])
+    assert config == finetune.Config(learning_rate=3e-5, data=(finetune.Path("x.csv"),), config=path)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("learnig_rate: 1", "did you mean 'learning_rate'?"),
+        ("- 1", "keys and values"),
+        ("a: [", "not YAML"),
+        (yaml.safe_dump({"lora_r": "many"}), "--lora-r"),
+    ],
+)
+def test_bad_config_files(content, expected, run, tmp_path):
+    (tmp_path / "my.yaml").write_text(content)
+    done = run("--config", "my.yaml")
+    assert done.returncode == 2 and expected in done.stderr + done.stdout and "Traceback" not in done.stderr

@@ -1,0 +1,215 @@
+"""Reading, checking, deduplicating and splitting the rows. Nothing here needs torch."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, rows
+
+import finetune
+from finetune import BadInput, Config, load_data
+
+QUESTION, ANSWER = "What is a deductible?", "The part of a claim that you pay yourself."
+LAYOUTS = {
+    "question-answer": {"question": QUESTION, "answer": ANSWER},
+    "prompt-completion": {"prompt": QUESTION, "completion": ANSWER},
+    "conversational": {
+        "prompt": [{"role": "user", "content": QUESTION}],
+        "completion": [{"role": "assistant", "content": ANSWER}],
+    },
+    "alpaca": {"instruction": QUESTION, "input": "", "output": ANSWER},
+    "messages": {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]},
+    "capitals": {"Question": QUESTION, "Answer": ANSWER},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_every_layout_gives_the_same_row(layout, ending, tmp_path):
+    path = tmp_path / f"data{ending}"
+    record = LAYOUTS[layout]
+    path.write_text(json.dumps([record] if ending == ".json" else record), encoding="utf-8")
+    [row], notes, problems = finetune.read_file(path, None, None)
+    assert (row.question, row.answer, notes, problems) == (QUESTION, ANSWER, [], [])
+    assert row.id == hashlib.sha256(f"{QUESTION}\n{ANSWER}".encode()).hexdigest()[:10]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_csv_as_spreadsheets_write_it(delimiter, tmp_path):
+    path = tmp_path / "data.csv"
+    cells = [["question", "answer", "topic"], [QUESTION, 'Two lines,\n"quoted"; yes', "x"]]
+    lines = [delimiter.join('"' + cell.replace('"', '""') + '"' for cell in line) for line in cells]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
+    [row], notes, problems = finetune.read_file(path, None, None)
+    assert row.answer == 'Two lines,\n"quoted"; yes' and not problems
+    assert "byte order mark" in notes[0] and "columns not used: topic" in notes[1]
+
+
+def test_named_fields_and_unused_columns(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"q": QUESTION, "a": ANSWER, "question": "not this", "fold": 1}), encoding="utf-8")
+    [row], notes, _ = finetune.read_file(path, "q", "a")
+    assert (row.question, row.answer) == (QUESTION, ANSWER)
+    assert notes == [f"{path}: columns not used: question, fold"]
+
+
+def test_alpaca_input_and_earlier_turns_belong_to_the_prompt(tmp_path):
+    turns = [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", "Hello."),
+        ("user", QUESTION),
+        ("assistant", ANSWER),
+    ]
+    records = [
+        {"instruction": "Explain.", "input": "deductible", "output": ANSWER},
+        {"messages": [{"role": role, "content": text} for role, text in turns]},
+    ]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps(records), encoding="utf-8")
+    alpaca, chat = finetune.read_file(path, None, None)[0]
+    assert alpaca.question == "Explain.\n\ndeductible"
+    assert [turn["role"] for turn in chat.prompt] == ["system", "user", "assistant", "user"] and chat.answer == ANSWER
+
+
+def test_windows_quotes_read_as_latin1_are_mended_and_said(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"question": QUESTION, "answer": "You\x92ll pay \x93it\x94."}]), encoding="utf-8")
+    [row], notes, _ = finetune.read_file(path, None, None)
+    assert row.answer == "You’ll pay “it”." and "mended in 1 rows" in notes[0]
+
+
+def test_near_duplicates_are_found_and_templates_are_not():
+    def row(question, answer):
+        return finetune.Row(({"role": "user", "content": question},), answer, "here")
+
+    alike = [
+        "What if I would rather buy them a plan in the Marketplace?",
+        "What if I would rather buy a Marketplace plan?",
+    ]
+    glossary = [
+        f'What does "{word}" mean in health insurance?' for word in ("coinsurance", "premium", "network", "HMO")
+    ]
+    other = [f"Question about {subject} number one?" for subject in ("hail", "floods", "pets", "tenants", "drones")]
+    everything = [row(q, str(n)) for n, q in enumerate([*alike, *glossary, *other])]
+    groups = finetune.near_duplicate_groups([*everything, row("Something else entirely, is it so?", "0")])
+    assert sorted(len(group) for group in groups)[-1] == 3 and len(groups) == len(everything) - 1
+    assert {r.question for r in max(groups, key=len)} == {*alike, "Something else entirely, is it so?"}  # same answer
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_keeps_groups_whole_and_does_not_depend_on_the_order_of_the_file(seed, tmp_path):
+    table = rows(60)
+    table += [{"question": "Please tell me: " + r["question"], "answer": r["answer"] + " Ask us."} for r in table[:20]]
+    splits = []
+    for number, order in enumerate((table, table[::-1])):
+        path = tmp_path / f"{number}.json"
+        path.write_text(json.dumps(order), encoding="utf-8")
+        data = load_data(Config(data=(path,), seed=seed, eval_fraction=0.2))
+        splits.append([row.id for row in data.eval])
+        groups = finetune.near_duplicate_groups(data.train + data.eval)
+        held_out = {row.id for row in data.eval}
+        assert all(len({row.id in held_out for row in group}) == 1 for group in groups)
+        assert data.groups >= 15 and 14 <= len(data.eval) <= 16
+    assert splits[0] == splits[1]
+
+
+def test_another_seed_holds_out_other_rows(faq):
+    first, second = ({row.id for row in load_data(Config(data=(faq,), seed=seed)).eval} for seed in (1, 2))
+    assert first != second
+
+
+def test_repeated_rows_are_dropped_and_recorded(tmp_path):
+    path = tmp_path / "faq.json"
+    path.write_text(json.dumps(rows(30) + rows(2)), encoding="utf-8")
+    data = load_data(Config(data=(path,)))
+    assert len(data.train) + len(data.eval) == 30 and len(data.dropped) == 2
+    assert data.dropped[0]["reason"].endswith("row 1") and data.files[0]["rows"] == 32
+
+
+def test_sample_data_is_what_its_readme_says():
+    table = json.loads((ROOT / "data/faq_sample.json").read_text(encoding="utf-8"))
+    assert len(table) >= 200 and all(set(row) == {"question", "answer"} for row in table)
+    lengths = [len(row["answer"].split()) for row in table]
+    assert min(lengths) >= 25 and max(lengths) <= 80
+    found, _, problems = finetune.read_file(ROOT / "data/faq_sample.json", None, None)
+    assert not problems and max(map(len, finetune.near_duplicate_groups(found))) == 1
+    assert "What is comprehensive auto insurance?" in {row["question"] for row in table}  # the seed's example
+
+
+def good(count=30) -> str:
+    return json.dumps(rows(count))
+
+
+# name of the file, its bytes, further flags, what the message must hold
+BAD_DATA = {
+    "broken JSON": ("faq.json", '[{"question": "a",\n "answer" "b"}]', [], ["faq.json", "line 2", "column 11"]),
+    "cut JSON": ("faq.json", good()[:-30], [], ["faq.json", "line 1"]),
+    "JSON Lines named .json": ("faq.json", '{"question": "a"}\n{"question": "b"}', [], ["name it .jsonl"]),
+    "broken JSON line": ("faq.jsonl", '{"question": "a", "answer": "b"}\n{"question":', [], ["faq.jsonl, line 2"]),
+    "top level": ("faq.json", '{"rows": []}', [], ["an object", "a list of rows"]),
+    "row is no object": ("faq.json", '["why?"]', [], ["row 1", "a text"]),
+    "missing field": ("faq.json", '[{"question": "a", "topic": "x"}]', [], ["row 1", "question, topic", "--question-field"]),
+    "empty field": ("faq.json", '[{"question": "  ", "answer": "b"}]', [], ["row 1", "'question' is empty"]),
+    "number for text": ("faq.json", '[{"question": "a", "answer": 3}]', [], ["row 1", "'answer' is a number"]),
+    "null for text": ("faq.json", '[{"question": null, "answer": "b"}]', [], ["row 1", "'question' is null"]),
+    "named field is not there": ("faq.json", good(), ["--question-field", "q", "--answer-field", "a"], ["row 1", "no column 'q'"]),
+    "UTF-16": ("faq.json", good().encode("utf-16"), [], ["UTF-16", "UTF-8"]),
+    "Windows-1252": ("faq.json", b'[\n{"question": "caf\xe9", "answer": "b"}]', [], ["line 2", "0xe9", "UTF-8"]),
+    "control character": ("faq.json", '[{"question": "a\\u001b[31m", "answer": "b"}]', [], ["row 1", "U+001B"]),
+    "lone surrogate": ("faq.json", '[{"question": "a\\ud800", "answer": "b"}]', [], ["row 1", "U+D800"]),
+    "too few rows": ("faq.json", good(5), [], ["faq.json", "5 different rows", "20"]),
+    "one question over and over": (
+        "faq.json", json.dumps([{"question": "Why is it so?", "answer": f"Because {n}."} for n in range(40)]), [], ["near-duplicate"],
+    ),
+    "no rows": ("faq.json", "[]", [], ["holds no rows"]),
+    "empty file": ("faq.jsonl", "", [], ["holds no rows"]),
+    "unknown ending": ("faq.xlsx", "PK", [], [".xlsx", ".csv"]),
+    "no such file": (None, "", ["--data", "nowhere.json"], ["nowhere.json", "No such file"]),
+    "a folder": (None, "", ["--data", "."], ["directory"]),
+    "cells too many": ("faq.csv", "question,answer\na,b,c\n", [], ["row 1", "3 cells", "quotes"]),
+    "open quote": ("faq.csv", 'question,answer\na,"b\n', [], ["broken CSV", "quote"]),
+    "header twice": ("faq.csv", "question,answer,answer\na,b,c\n", [], ["'answer' twice"]),
+    "empty turns": ("faq.json", '[{"messages": []}]', [], ["row 1", "an empty list"]),
+    "ends with the user": ("faq.json", '[{"messages": [{"role": "user", "content": "a"}]}]', [], ["row 1", "assistant"]),
+    "unknown role": ("faq.json", '[{"messages": [{"role": "bot9", "content": "a"}]}]', [], ["turn 1", "bot9"]),
+    "turn without text": ("faq.json", '[{"conversations": [{"from": "human"}]}]', [], ["turn 1", "'value'"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data(case, run, tmp_path):
+    name, content, flags, expected = BAD_DATA[case]
+    if name:
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        flags = ["--data", name, *flags]
+    before = set(tmp_path.rglob("*"))
+    done = run(*flags)
+    assert done.returncode == 2, done.stderr
+    assert all(word in done.stderr for word in expected), done.stderr
+    assert "Traceback" not in done.stderr + done.stdout and set(tmp_path.rglob("*")) == before
+
+
+def test_problems_are_shown_together_at_most_twenty(run, tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps([{"question": "a", "answer": ""}] * 25), encoding="utf-8")
+    (tmp_path / "two.jsonl").write_text("[]\n", encoding="utf-8")
+    done = run("--data", "one.json", "two.jsonl")
+    lines = done.stderr.splitlines()
+    assert done.returncode == 2 and len(lines) == 21 and lines[-1] == "... and 6 more"
+
+
+def test_message_shows_no_raw_escape_sequence(run, tmp_path):
+    (tmp_path / "faq.json").write_text(json.dumps([{"\x1b[2Jq": "a"}]), encoding="utf-8")
+    done = run("--data", "faq.json")
+    assert done.returncode == 2 and "\x1b" not in done.stderr
+
+
+def test_home_is_not_named():
+    assert finetune.without_home(Path.home() / "secret" / "faq.json") == str(Path("~/secret/faq.json"))
+
+
+def test_bad_input_is_an_exception_for_callers(tmp_path):
+    with pytest.raises(BadInput, match="nowhere"):
+        finetune.run_evaluation(Config(data=(tmp_path / "nowhere.json",)))

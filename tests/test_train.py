@@ -1,0 +1,265 @@
+"""The whole job through the real command line: a tiny random Mistral for the mechanics, SmolLM2 for the result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import finetune
+
+SHORT = ("--max-new-tokens", "8", "--lora-r", "4", "--learning-rate", "1e-3")
+
+
+def adapter(folder: Path):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def same(first: dict, second: dict) -> bool:
+    import torch
+
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, embedded):
+    """A short run of the default model on the sample data: (folder of the adapter, what the screen showed)."""
+    cwd = tmp_path_factory.mktemp("job")
+    flags = ["--data", ROOT / "data/faq_sample.json", "--max-steps", 20, "--learning-rate", "1e-3"]
+    flags += ["--max-new-tokens", 40, "--eval-fraction", 0.06]
+    command = [sys.executable, ROOT / "finetune.py", *flags]
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return cwd / "adapters/faq_sample-smollm2", done
+
+
+def test_the_job_learns_and_leaves_a_whole_folder(finished):
+    folder, done = finished
+    run = json.loads((folder / "run.json").read_text())
+    assert run["status"] == "complete" and not folder.with_name(folder.name + ".partial").exists()
+    assert run["evaluation"]["after"]["nll"] < run["evaluation"]["before"]["nll"] - 0.3
+    assert run["training"]["steps"] == 20 and run["training"]["log"][0]["step"] == 1
+    assert len(run["evaluation"]["after"]["answers"]) == 10
+    assert not set(run["data"]["train_ids"]) & set(run["data"]["eval_ids"])
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"}
+    assert files >= {"run.json", "README.md", "loss.png"}
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
+
+
+def test_screen_shows_the_report_and_nothing_else(finished):
+    _, done = finished
+    assert done.stderr == ""
+    labels = [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
+    expected = ["Data", "Model", "LoRA", "Plan", "Before", "After", "Question", "Reference", "Before", "After", "Saved"]
+    assert [label for label in labels if label in expected] == expected
+    assert "\x1b" not in done.stdout and "Warning" not in done.stdout and "🦥" not in done.stdout
+
+
+def test_no_home_path_or_secret_is_in_the_files(finished):
+    folder, _ = finished
+    for path in folder.iterdir():
+        if path.suffix in (".json", ".md", ".jinja") and path.name != "tokenizer.json":
+            assert str(Path.home()) not in path.read_text(encoding="utf-8"), path.name
+
+
+def test_nll_before_is_what_transformers_computes(finished, embedded):
+    """The reference: one row at a time, transformers' own loss with the prompt masked, base model from its folder."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    folder, _ = finished
+    run = json.loads((folder / "run.json").read_text())
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        embedded.folder, quantization_config=quantization, dtype=torch.float32
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    wanted = set(run["data"]["eval_ids"])
+    rows, _, _ = finetune.read_file(ROOT / "data/faq_sample.json", None, None)
+    losses = []
+    for row in rows:
+        if row.id not in wanted:
+            continue
+        prompt = tokenizer.apply_chat_template(list(row.prompt), add_generation_prompt=True, return_dict=False)
+        answer = tokenizer(row.answer + tokenizer.eos_token, add_special_tokens=False).input_ids
+        ids = torch.tensor([prompt + answer])
+        labels = torch.tensor([[-100] * len(prompt) + answer])
+        with torch.no_grad():
+            losses.append(model(input_ids=ids, labels=labels).loss.item())
+    assert len(losses) == len(wanted)
+    assert sum(losses) / len(losses) == pytest.approx(run["evaluation"]["before"]["nll"], abs=1e-3)
+
+
+PLAIN_PEFT = """
+import sys, json, torch
+sys.modules["torchvision"] = None  # (only because this machine's torchvision may be built for another torch)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+base, folder, questions = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+model = PeftModel.from_pretrained(model, folder).eval()
+answers = []
+for question in questions:
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True,
+                                           return_tensors="pt", return_dict=True)
+    out = model.generate(**prompt, do_sample=False, max_new_tokens=40)
+    answers.append(tokenizer.decode(out[0, prompt["input_ids"].shape[1]:], skip_special_tokens=True))
+print(json.dumps(answers))
+"""
+
+
+def test_plain_peft_gives_the_same_answers(finished, embedded, tmp_path):
+    """A script that does not import this project, in another folder."""
+    folder, _ = finished
+    answers = json.loads((folder / "run.json").read_text())["evaluation"]["after"]["answers"]
+    rows, _, _ = finetune.read_file(ROOT / "data/faq_sample.json", None, None)
+    questions = {row.id: row.question for row in rows if row.id in list(answers)[:3]}
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_PEFT, str(embedded.folder), str(folder), json.dumps(list(questions.values()))],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [answers[row_id] for row_id in questions]
+
+
+def test_a_run_never_overwrites_another(run, faq, tiny_model, tmp_path):
+    for _ in range(2):
+        done = run("--data", faq, "--model", tiny_model, "--max-steps", 2, *SHORT)
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "adapters").iterdir()} == {"faq-tiny-mistral", "faq-tiny-mistral-2"}
+
+
+def test_dry_run_writes_nothing(run, faq, tiny_model, tmp_path):
+    done = run("--data", faq, "--model", tiny_model, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert all(
+        word in done.stdout for word in ("36 train, 4 held out", "trained", "tokens, mean", "updates", "GiB", "min")
+    )
+    assert set(tmp_path.iterdir()) == {faq}
+
+
+def test_updates_are_those_of_a_plain_loop(faq, tiny_model, tmp_path, monkeypatch):
+    """One flattened, padding-free batch an update trains what a padded batch and a plain AdamW loop train."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, set_seed
+
+    monkeypatch.chdir(tmp_path)
+    config = finetune.Config(
+        model=str(tiny_model), data=(faq,), lora_r=4, lora_dropout=0.0, effective_batch_size=36, max_steps=3,
+        learning_rate=1e-2, lr_scheduler_type="constant", max_new_tokens=4, max_grad_norm=0.0,
+    )  # fmt: skip
+    result = finetune.run_evaluation(config)
+
+    source = finetune.find_model(str(tiny_model), gpu=False)
+    tokenizer = finetune.load_tokenizer(tiny_model)
+    data = finetune.load_data(config)
+    examples = finetune.encode(tokenizer, data.train, 2048)
+    set_seed(config.seed)
+    model = finetune.load_4bit(source, torch.float32)
+    model = finetune.add_lora(model, config, source, checkpointing=False).train()
+    width = max(len(e.input_ids) for e in examples)
+    ids = torch.tensor([e.input_ids + [tokenizer.pad_token_id] * (width - len(e.input_ids)) for e in examples])
+    mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for e in examples])
+    bits = torch.tensor([e.completion_mask + [0] * (width - len(e.input_ids)) for e in examples])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(3):
+        loss = model(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(bits == 0, -100)).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [entry["loss"] for entry in result["training"]["log"]] == pytest.approx(losses, abs=1e-4)
+    saved = adapter(tmp_path / result["output_dir"])
+    for name, weight in model.state_dict().items():
+        if "lora_" in name:
+            torch.testing.assert_close(saved[name.replace(".default", "")], weight, atol=2e-4, rtol=1e-3)
+    del AutoModelForCausalLM, LoraConfig, get_peft_model
+
+
+LONG = ("--num-train-epochs", "24", "--early-stopping-patience", "0")
+
+
+def test_interrupted_and_resumed_is_the_same_adapter(run, faq, tiny_model, tmp_path):
+    """Ctrl-C in the middle saves the update it was at; --resume ends with the adapter of the run that was not stopped."""
+    flags = ["--data", str(faq), "--model", str(tiny_model), *SHORT, *LONG]
+    whole = run(*flags, "--output-dir", "whole")
+    assert whole.returncode == 0, whole.stderr
+
+    partial = tmp_path / "broken.partial"
+    command = [sys.executable, str(ROOT / "finetune.py"), *flags, "--output-dir", "broken"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (partial / "best").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in errors and not (tmp_path / "broken").exists()
+    step = int(finetune.last_checkpoint(partial).name.split("-")[1])
+    assert 0 < step < 9 * 24
+
+    refused = run(*flags, "--output-dir", "broken")
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    changed = run(*flags, "--output-dir", "broken", "--resume", "--lora-alpha", 8)
+    assert changed.returncode == 2 and "lora_alpha was 32, is 8" in changed.stderr
+
+    resumed = run(*flags, "--output-dir", "broken", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert not partial.exists() and same(adapter(tmp_path / "whole"), adapter(tmp_path / "broken"))
+    logs = [json.loads((tmp_path / name / "run.json").read_text())["training"]["log"] for name in ("whole", "broken")]
+    assert logs[0] == logs[1]
+
+
+def test_early_stopping_keeps_the_best_epoch(run, faq, tiny_model, tmp_path):
+    """A rate that overfits at once: it stops, and the weights kept are those of the best held-out loss."""
+    flags = [
+        "--max-new-tokens",
+        4,
+        "--learning-rate",
+        "0.05",
+        "--num-train-epochs",
+        "30",
+        "--lr-scheduler-type",
+        "constant",
+    ]
+    done = run("--data", faq, "--model", tiny_model, *flags)
+    assert done.returncode == 0, done.stderr
+    run_json = json.loads((tmp_path / "adapters/faq-tiny-mistral/run.json").read_text())
+    training = run_json["training"]
+    held_out = {entry["step"]: entry["eval_loss"] for entry in training["log"] if "eval_loss" in entry}
+    assert training["stopped_early"] and training["steps"] < 9 * 30
+    assert held_out[training["best_step"]] == min(held_out.values())
+    assert run_json["evaluation"]["after"]["nll"] == pytest.approx(min(held_out.values()), abs=1e-3)
+
+
+def test_a_failure_while_running_is_told_without_traceback(run, faq, tiny_model, tmp_path):
+    import shutil
+
+    broken = tmp_path / "broken-model"
+    shutil.copytree(tiny_model, broken)
+    with (broken / "model.safetensors").open("r+b") as file:
+        file.truncate(os.path.getsize(broken / "model.safetensors") // 2)
+    done = run("--data", faq, "--model", broken)
+    assert done.returncode == 1 and "failed" in done.stderr and "Traceback" not in done.stderr
+    log = tmp_path / "adapters/faq-broken-model.partial/train.log"
+    assert "Traceback" in log.read_text()
