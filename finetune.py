@@ -6,6 +6,7 @@
     python finetune.py --data faq.csv                 your own rows: JSON list, JSONL or CSV
     python finetune.py --resume                       go on after Ctrl-C, a crash or a lost Colab session
     python finetune.py --config adapters/X/run.json   the same run again (a YAML file works too; flags win)
+    python finetune.py --evaluate adapters/X          measure a saved adapter again
 
 With a CUDA GPU this trains Mistral-7B-Instruct-v0.2 in 4 bits through Unsloth; without one, SmolLM2-135M.
 """
@@ -24,6 +25,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import shutil
 import signal
@@ -62,7 +64,17 @@ LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
 MIN_ROWS = 20  # below this a held-out split says nothing
 MAX_PROBLEMS_SHOWN = 20
 ALIKE_WHOLE, ALIKE_RARE = 75, 80  # near-duplicates: token_sort_ratio of whole questions, and of their rarer words
-ANSWERS_SHOWN = 10  # held-out questions answered greedily before and after
+EVAL_QUESTIONS = {"gpu": 200, "cpu": 24}  # answered and ranked at most; the loss is measured on all held-out ones
+EVAL_BATCH = 32
+RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
+BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: length costs no training
+NEUTRAL = "Please answer the question."  # how likely an answer is without its question
+RETENTION_TOKENS = 40  # of each general answer
+RETENTION_LIMIT = 0.05  # the loss on the base's own general answers may rise by 5%
+RESAMPLES = 10_000
+METRICS = ("nll", "ranking_top1", "chrf", "rouge_l", "eos_rate", "mean_words")
+SAMPLES_SHOWN, REGRESSIONS_SHOWN = 10, 5  # questions side by side in report.html
+HERE = Path(__file__).parent
 CHECKPOINT_SECONDS = 120  # a lost session costs at most this much training, and a Ctrl-C nothing
 GIB = 2**30
 QUIET = {
@@ -70,6 +82,13 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "UNSLOTH_DISABLE_STATISTICS": "1",
+}
+
+# What a flag of this name is when it was not given. The seed's values are for a 7B. A small model needs a higher rate
+# to move at all, and then overfits sooner: measured on healthcare questions, README, "The recipe".
+SETTLED = {
+    "1B parameters and more": {"learning_rate": 2e-4, "warmup_steps": 0, "num_train_epochs": 5},
+    "less than 1B parameters": {"learning_rate": 1e-3, "warmup_steps": 0.1, "num_train_epochs": 3},
 }
 
 console = Console(highlight=False)
@@ -86,36 +105,40 @@ class BadInput(Exception):
 @dataclasses.dataclass(frozen=True)
 class Config:
     # what to train, on what
-    model: str | None = (
-        None  # Hub id, local folder or .gguf file. Default: Mistral-7B with a GPU, SmolLM2-135M without.
-    )
+    model: str | None = None  # Hub id, folder or .gguf file. Default: Mistral-7B with a GPU, SmolLM2-135M without.
     data: tuple[Path, ...] = (Path("data/faq_sample.json"),)  # JSON list, JSONL or CSV; several may be given.
     question_field: str | None = None  # Column that holds the question, when it has none of the usual names.
     answer_field: str | None = None  # Column that holds the answer.
+    split_field: str | None = None  # Column with a split of your own; rows of other values than below are trained on.
+    eval_values: tuple[str, ...] = ("eval", "validation", "valid", "dev")  # Its values that choose the best epoch.
+    test_values: tuple[str, ...] = ("test",)  # Its values that are measured before and after, and nothing else.
     output_dir: Path | None = None  # Where the run goes. Default: adapters/DATA-MODEL.
     config: Path | None = None  # YAML file, or the run.json of an earlier run; flags win over it.
     # what to do
     dry_run: bool = False  # Check the data, show split, one masked example, steps, memory and time; write nothing.
     resume: bool = False  # Go on from the last checkpoint of this output folder.
+    evaluate: Path | None = None  # Measure this saved adapter again, on the questions its own run held out.
     # LoRA, as in the seed recipe
     lora_r: int = 16  # Rank.
     lora_alpha: int = 32  # Scale: the update counts lora_alpha / lora_r.
     lora_dropout: float = 0.1
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     # training, as in the seed recipe
-    num_train_epochs: float = 5  # At most: early stopping usually ends it sooner.
+    num_train_epochs: float | None = None  # At most: early stopping may end it sooner. Default: see SETTLED.
     max_steps: int = -1  # If positive: so many updates, whatever the epochs say.
     effective_batch_size: int = 4  # Rows an update. How they are cut into forward passes is the plan's business.
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None  # Default: 2e-4, for models below 1B parameters 1e-3; see SETTLED.
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: float = 0  # Below 1 it is a fraction of all updates.
+    warmup_steps: float | None = None  # Below 1 it is a fraction of all updates. Default: see SETTLED.
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     early_stopping_patience: int = 1  # Epochs without a better held-out loss before it stops; 0 never stops early.
     max_length: int = 2048  # In tokens. A row that would be cut is an error, not a surprise.
     # evidence
-    eval_fraction: float = 0.1  # Share of the rows held out; near-duplicates stay on one side.
-    max_new_tokens: int = 256  # Length limit of a generated answer.
+    eval_fraction: float = 0.2  # Share of the rows held out; near-duplicates stay on one side.
+    eval_questions: int | None = None  # Held-out questions to answer and rank, at most. Default: GPU 200, CPU 24.
+    max_new_tokens: int | None = None  # Length limit of an answer. Default: 1.5 times the longest training answer.
+    require_improvement: bool = False  # Exit with 3 unless the verdict is "helped".
     seed: int = 42  # Of split, LoRA initialization, order of rows and dropout.
     # machine
     max_vram: float | None = None  # GiB of GPU memory this run may take.
@@ -128,7 +151,7 @@ def parse(argv: list[str] | None = None) -> Config:
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    cli = dict(prog="finetune.py", description=__doc__, config=(tyro.conf.FlagCreatePairsOff,))
+    cli = {"prog": "finetune.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
     config = tyro.cli(Config, args=argv, **cli)
     if config.config:
         config = tyro.cli(Config, args=flags_from_file(config.config) + argv, **cli)
@@ -172,16 +195,20 @@ def check_config(config: Config) -> list[str]:
         (config.lora_alpha >= 1, "--lora-alpha must be at least 1"),
         (0 <= config.lora_dropout < 1, "--lora-dropout must be at least 0 and below 1"),
         (bool(config.target_modules), "--target-modules needs at least one name"),
-        (config.num_train_epochs > 0 or config.max_steps > 0, "--num-train-epochs must be above 0"),
+        (config.num_train_epochs is None or config.num_train_epochs > 0, "--num-train-epochs must be above 0"),
         (config.effective_batch_size >= 1, "--effective-batch-size must be at least 1"),
-        (0 < config.learning_rate < 1, "--learning-rate must be above 0 and below 1 (2e-4 is usual for LoRA)"),
-        (config.warmup_steps >= 0, "--warmup-steps must not be negative"),
+        (
+            config.learning_rate is None or 0 < config.learning_rate < 1,
+            "--learning-rate must be above 0 and below 1 (2e-4 is usual for LoRA)",
+        ),
+        (config.warmup_steps is None or config.warmup_steps >= 0, "--warmup-steps must not be negative"),
         (config.weight_decay >= 0, "--weight-decay must not be negative"),
         (config.max_grad_norm >= 0, "--max-grad-norm must not be negative"),
         (config.early_stopping_patience >= 0, "--early-stopping-patience must not be negative"),
         (config.max_length >= 16, "--max-length must be at least 16"),
         (0 < config.eval_fraction <= 0.5, "--eval-fraction must be above 0 and at most 0.5"),
-        (config.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
+        (config.eval_questions is None or config.eval_questions >= 1, "--eval-questions must be at least 1"),
+        (config.max_new_tokens is None or config.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
         (config.max_vram is None or config.max_vram > 0, "--max-vram must be above 0"),
         (bool(config.data), "--data needs at least one file"),
         (bool(config.question_field) == bool(config.answer_field), "--question-field and --answer-field go together"),
@@ -191,6 +218,13 @@ def check_config(config: Config) -> list[str]:
         ),
     ]
     return [message for fine, message in rules if not fine]
+
+
+def settle(config: Config, shape: dict) -> Config:
+    """Fill in the defaults that depend on the model's size. `shape` is the model's config.json."""
+    linear, embeddings, _, _ = count_weights(shape, config)
+    defaults = SETTLED["1B parameters and more" if linear + embeddings >= 1e9 else "less than 1B parameters"]
+    return dataclasses.replace(config, **{key: v for key, v in defaults.items() if getattr(config, key) is None})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -208,6 +242,7 @@ class Row:
     prompt: tuple[dict[str, str], ...]
     answer: str
     place: str  # "faq.csv, row 7", for messages
+    split: str | None = None  # what the file's own split column says
 
     @property
     def question(self) -> str:
@@ -224,6 +259,8 @@ class Row:
 class Data:
     train: list[Row]
     eval: list[Row]  # whole near-duplicate groups; in a seeded order that does not depend on the order of the file
+    test: list[Row]  # reported on; the same as eval unless the file brings a split of its own
+    group_of: dict[str, int]  # row id -> near-duplicate group
     files: list[dict]  # path, sha256, rows
     dropped: list[dict]  # id, place, reason
     notes: list[str]
@@ -234,7 +271,9 @@ def load_data(config: Config) -> Data:
     """Read, check, deduplicate, split. Raises BadInput with every problem of every file."""
     rows, files, notes, problems = [], [], [], []
     for path in config.data:
-        found, file_notes, file_problems = read_file(path, config.question_field, config.answer_field)
+        found, file_notes, file_problems = read_file(
+            path, config.question_field, config.answer_field, config.split_field
+        )
         rows += found
         notes += file_notes
         problems += file_problems
@@ -247,12 +286,20 @@ def load_data(config: Config) -> Data:
         names = ", ".join(str(path) for path in config.data)
         raise BadInput(f"{names}: {len(rows)} different rows, but at least {MIN_ROWS} are needed to hold some out")
     groups = near_duplicate_groups(rows)
-    train, held_out = split_groups(groups, config.eval_fraction, config.seed)
+    group_of = {row.id: number for number, group in enumerate(groups) for row in group}
+    if config.split_field:
+        train, held_out, test = given_split(rows, config)
+        sides = [{group_of[row.id] for row in side} for side in (train, held_out + test)]
+        if torn := len(sides[0] & sides[1]):
+            notes.append(f"{torn} near-duplicate groups stand on both sides of the split that {config.split_field} gives")
+    else:
+        train, held_out = split_groups(groups, config.eval_fraction, config.seed)
+        test = held_out
     if not held_out:
         raise BadInput("every row is a near-duplicate of the others: nothing can be held out")
     if dropped:
         notes.append(f"{len(dropped)} repeated rows dropped, the first: {dropped[0]['place']}")
-    return Data(train, held_out, files, dropped, notes, sum(len(group) > 1 for group in groups))
+    return Data(train, held_out, test, group_of, files, dropped, notes, sum(len(group) > 1 for group in groups))
 
 
 def stop_on(problems: list[str]) -> None:
@@ -262,7 +309,7 @@ def stop_on(problems: list[str]) -> None:
 
 
 def read_file(
-    path: Path, question_field: str | None, answer_field: str | None
+    path: Path, question_field: str | None = None, answer_field: str | None = None, split_field: str | None = None
 ) -> tuple[list[Row], list[str], list[str]]:
     """One file -> rows, notes (worth knowing, harmless), problems (each names file, row and fix)."""
     notes: list[str] = []
@@ -278,6 +325,8 @@ def read_file(
             continue
         try:
             prompt, answer, used = read_record(record, question_field, answer_field)
+            if split_field and split_field not in record:
+                raise BadInput(f"has no column {split_field!r}; it has: {columns(record)}")
             mended = [turn | {"content": mend(turn["content"])} for turn in prompt]
             if mended != prompt or mend(answer) != answer:
                 repaired.append(place)
@@ -288,8 +337,8 @@ def read_file(
         except BadInput as problem:
             problems.append(f"{place}: {problem}")
             continue
-        rows.append(Row(tuple(prompt), answer, place))
-        unused.update(str(key) for key in record if key not in used)
+        rows.append(Row(tuple(prompt), answer, place, str(record[split_field]).strip() if split_field else None))
+        unused.update(str(key) for key in record if key not in used and key != split_field)
     if repaired:
         notes.append(f"{path}: Windows-1252 quotes and dashes mended in {len(repaired)} rows, the first: {repaired[0]}")
     if unused:
@@ -513,6 +562,22 @@ def split_groups(groups: list[list[Row]], eval_fraction: float, seed: int) -> tu
     return train, held_out
 
 
+def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], list[Row]]:
+    """Train, eval and test rows as the file says. Without test rows the eval rows are reported on, and the reverse."""
+    ordered = sorted(rows, key=lambda row: hashlib.sha256(f"{config.seed}:{row.id}".encode()).hexdigest())
+    named = {*config.eval_values, *config.test_values}
+    train = [row for row in ordered if row.split not in named]
+    held_out = [row for row in ordered if row.split in config.eval_values]
+    test = [row for row in ordered if row.split in config.test_values]
+    if not train or not (held_out or test):
+        values = ", ".join(clean(str(value)) for value in sorted({row.split for row in rows})[:10])
+        raise BadInput(
+            f"--split-field {config.split_field}: {len(train)} rows to train on, {len(held_out)} to choose the epoch, "
+            f"{len(test)} to test; its values are {values}. Say which are which with --eval-values and --test-values"
+        )
+    return train, held_out or test, test or held_out
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Template and labels: what the model reads, and which tokens it is taught. Training, evaluation and chat share these.
 
@@ -550,7 +615,7 @@ def load_tokenizer(folder: Path, name: str = "") -> PreTrainedTokenizerBase:
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> list[int]:
-    """Messages -> token ids through the model's own template; a system turn it cannot take goes into the first user's."""
+    """Messages -> token ids through the model's template; a system turn it cannot take goes into the first user's."""
     if messages[0]["role"] == "system" and not takes_system(tokenizer):
         system, first, *rest = messages
         messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
@@ -568,7 +633,7 @@ def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_length: int) -> list[Example]:
-    """Rows -> examples, each checked: what is wrong here trains silently to nonsense. Raises BadInput naming the rows."""
+    """Rows -> examples, each checked: a fault here trains silently to nonsense. Raises BadInput naming the rows."""
     special = [token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token.strip()]
     examples, problems = [], []
     for row in rows:
@@ -701,7 +766,8 @@ def hub_model(name: str) -> Source:
         if is_disk_full(error):
             raise BadInput(f"--model {name}: no space left on the disk of the hub's cache folder") from None
         raise BadInput(
-            f"--model {name}: the hub cannot be reached and the model is not in the cache; connect, or name a local folder"
+            f"--model {name}: the hub cannot be reached and the model is not in the cache; "
+            "connect, or name a local folder"
         ) from None
     if not (folder / "config.json").is_file():
         raise BadInput(f"--model {name}: has no config.json in the cache or on the hub; is it a model?")
@@ -843,12 +909,12 @@ def convert_gguf_weights(source: Source) -> None:
     with tempfile.TemporaryDirectory(dir=source.folder.parent) as temporary:
         model.save_pretrained(temporary)
         for file in sorted(Path(temporary).iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            if file.name not in ("config.json",):
-                os.replace(file, source.folder / file.name)  # the weights last: their presence says it is complete
+            if file.name != "config.json":
+                file.replace(source.folder / file.name)  # the weights last: their presence says it is complete
 
 
 def guard_torchvision() -> None:
-    """A torchvision built for another torch raises on import and takes half of transformers with it: hide such a one."""
+    """A torchvision built for another torch raises on import, and half of transformers with it: hide such a one."""
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
     try:
@@ -869,7 +935,7 @@ def compute_dtype(fp16: bool = False) -> torch.dtype:
 
 
 def load_4bit(source: Source, dtype: torch.dtype, adapter: Path | None = None) -> PreTrainedModel:
-    """The model in NF4 through transformers and bitsandbytes, with an adapter if asked, for reading only: no Unsloth."""
+    """The model in NF4 through transformers and bitsandbytes, for reading only: no Unsloth. With an adapter if asked."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -918,9 +984,7 @@ def load_for_training(source: Source, config: Config) -> PreTrainedModel:
 
 
 def add_lora(model: PreTrainedModel, config: Config, source: Source, checkpointing: bool) -> PreTrainedModel:
-    import torch
-
-    settings = dict(lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, bias="none")
+    settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "bias": "none"}
     settings["target_modules"] = list(config.target_modules)
     try:
         if has_gpu():
@@ -968,7 +1032,7 @@ class Plan:
 
 
 def count_weights(shape: dict, config: Config) -> tuple[int, int, int, list[tuple[int, int]]]:
-    """(numbers in the quantized layers, in the embeddings, in LoRA; (in, out) of each adapted projection of a layer)."""
+    """Numbers in the quantized layers, in the embeddings, in LoRA; (in, out) of each adapted projection of a layer."""
     hidden, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
     inner = shape.get("intermediate_size", 4 * hidden)
     head_dim = shape.get("head_dim") or hidden // heads
@@ -1281,29 +1345,82 @@ def last_checkpoint(partial: Path) -> Path | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: the same numbers before and after, on questions it was not trained on
+# Evaluation: the same questions to the base, to the base told to be brief, and to the tuned model
 
 
-def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: list[Example], config: Config
-) -> dict:
-    """{nll: mean over questions of the answer's mean token negative log-likelihood, answers: {row id: text}}."""
-    with console.status("Measuring on held-out questions"):
-        nll = mean(answer_nll(model, tokenizer, held_out))
-        asked = held_out[:ANSWERS_SHOWN]
-        texts = greedy_answers(model, tokenizer, asked, config.max_new_tokens)
-    return {"nll": nll, "answers": {e.row.id: text for e, text in zip(asked, texts, strict=True)}}
+@dataclasses.dataclass
+class Exam:
+    """What every arm is asked. `asked` are the first held-out questions: those that are also answered and ranked."""
+
+    held_out: list[Example]
+    briefly: list[Example]  # the same, with BRIEF after the question
+    groups: list[int]  # near-duplicate group of each held-out example
+    train_sample: list[Example]
+    train_answers: list[str]
+    candidates: list[list[int]]  # for each asked question places in held_out, its own first
+    asked: int
+    general: list[Example] = dataclasses.field(default_factory=list)  # general prompts with the base's own answers
+
+
+def set_exam(tokenizer: PreTrainedTokenizerBase, data: Data, examples: dict[str, list[Example]], config: Config) -> Exam:
+    held_out, train = examples["test"], examples["train"]
+    words = round(float(sorted(len(row.answer.split()) for row in data.train)[len(data.train) // 2]), -1) or 10
+    briefly = []
+    for row in data.test:
+        *turns, last = row.prompt
+        turn = last | {"content": last["content"] + BRIEF.format(words=int(words))}
+        briefly.append(dataclasses.replace(row, prompt=(*turns, turn)))
+    groups = [data.group_of[row.id] for row in data.test]
+    asked = min(config.eval_questions or EVAL_QUESTIONS["gpu" if has_gpu() else "cpu"], len(held_out))
+    candidates = []
+    for place in range(asked):
+        others = [other for other in range(len(held_out)) if groups[other] != groups[place]]
+        dice = random.Random(f"{config.seed}:{held_out[place].row.id}")
+        candidates.append([place, *dice.sample(others, min(RANKED_AMONG - 1, len(others)))])
+    sample = sorted(train, key=lambda e: hashlib.sha256(f"{config.seed}:{e.row.id}".encode()).hexdigest())[:asked]
+    return Exam(
+        held_out,
+        encode(tokenizer, briefly, config.max_length + 64),
+        groups,
+        sample,
+        [row.answer for row in data.train],
+        candidates,
+        asked,
+    )
+
+
+def sit_exam(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, config: Config, briefly: bool = False
+) -> dict[str, list]:
+    """One arm: {metric: a number for each question}, and `answers`, texts. nll covers all questions, the rest `asked`."""
+    examples = exam.briefly if briefly else exam.held_out
+    answers, ended = greedy_answers(model, tokenizer, examples[: exam.asked], config.max_new_tokens)
+    references = [example.row.answer for example in exam.held_out[: exam.asked]]
+    return {
+        "nll": answer_nll(model, tokenizer, examples),
+        "ranking_top1": rank_answers(model, tokenizer, exam, examples),
+        "chrf": [chrf(*pair) for pair in zip(answers, references, strict=True)],
+        "rouge_l": [rouge_l(*pair) for pair in zip(answers, references, strict=True)],
+        "eos_rate": [float(end) for end in ended],
+        "mean_words": [float(len(answer.split())) for answer in answers],
+        "answers": answers,
+    }
 
 
 def answer_nll(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], tokens: int = 2048
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    half: bool = False,
 ) -> list[float]:
     """Mean negative log-likelihood of each example's answer and EOS tokens, in nats a token; prompts are not counted.
 
-    Batches of like length, at most `tokens` padded tokens each; logits are made from the first answer token on only.
+    Batches of like length; logits are made from the first answer token on only.
+    `half` lets a CPU that has bf16 use it: for comparisons in which 0.1% does not matter.
     """
     import torch
 
+    tokens = 8192 if model.device.type == "cuda" else 1024  # padded ones in a batch
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     batches: list[list[int]] = []
     for index in order:
@@ -1317,16 +1434,13 @@ def answer_nll(
         width = max(len(examples[i].input_ids) for i in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         labels = torch.full((len(batch), width), -100)
-        mask = torch.zeros((len(batch), width), dtype=torch.long)
         for n, i in enumerate(batch):
-            example = examples[i]
-            ids[n, : len(example.input_ids)] = torch.tensor(example.input_ids)
-            labels[n, example.prompt_length : len(example.input_ids)] = ids[
-                n, example.prompt_length : len(example.input_ids)
-            ]
-            mask[n, : len(example.input_ids)] = 1
+            start, end = examples[i].prompt_length, len(examples[i].input_ids)
+            ids[n, :end] = torch.tensor(examples[i].input_ids)
+            labels[n, start:end] = ids[n, start:end]
+        mask = torch.tensor([[n < len(examples[i].input_ids) for n in range(width)] for i in batch]).long()
         first = min(examples[i].prompt_length for i in batch)
-        with torch.inference_mode(), autocast(model):
+        with torch.inference_mode(), autocast(model, half):
             logits = model(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -1334,46 +1448,206 @@ def answer_nll(
                 logits_to_keep=width - first + 1,
             ).logits
         target = labels[:, first:].to(logits.device)
-        losses = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), target, reduction="none")
-        counts = (target != -100).sum(1)
-        for n, i in enumerate(batch):
-            result[i] = (losses[n].sum() / counts[n]).item()
+        places = target != -100  # picked before the softmax: on a CPU that is a quarter of the whole time
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1][places].float(), target[places], reduction="none")
+        for i, own in zip(batch, losses.split(places.sum(1).tolist()), strict=True):
+            result[i] = own.mean().item()
+    model.train(training)
+    return result
+
+
+def rank_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, examples: list[Example]
+) -> list[float]:
+    """1.0 where the right answer gains most from its question among RANKED_AMONG held-out answers, else 0.0.
+
+    The gain is log p(answer | question) - log p(answer | neutral prompt), summed over the answer's tokens: what the
+    answer owes to this question, and not to its being short or in a likely style.
+    """
+    neutral = chat_ids(tokenizer, [{"role": "user", "content": NEUTRAL}], add_generation_prompt=True)
+    used = sorted({place for places in exam.candidates for place in places})
+    answer = {place: exam.held_out[place].input_ids[exam.held_out[place].prompt_length :] for place in used}
+
+    def joined(place: int, prompt: list[int]) -> Example:
+        return Example(exam.held_out[place].row, prompt + answer[place], len(prompt))
+
+    alone = [joined(place, neutral) for place in used]
+    asked = [
+        joined(place, examples[n].input_ids[: examples[n].prompt_length])
+        for n, places in enumerate(exam.candidates)
+        for place in places
+    ]
+    nll = answer_nll(model, tokenizer, alone + asked, half=True)
+    log_p = [-value * (len(e.input_ids) - e.prompt_length) for value, e in zip(nll, alone + asked, strict=True)]
+    without = dict(zip(used, log_p, strict=False))
+    with_question = iter(log_p[len(alone) :])
+    result = []
+    for places in exam.candidates:
+        gains = [next(with_question) - without[place] for place in places]
+        result.append(float(gains[0] == max(gains)))
+    return result
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sample: bool = False,
+) -> list[list[int]]:
+    """New token ids, EOS included where one came; in batches padded on the left. Greedy, or sampled as it comes."""
+    import torch
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(  # not the hub's: some models come with sampling and a repetition penalty
+        do_sample=sample,
+        top_k=0 if sample else None,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    result: list[list[int]] = [[]] * len(prompts)
+    training = model.training
+    model.eval()
+    for start in range(0, len(order), EVAL_BATCH):
+        batch = order[start : start + EVAL_BATCH]
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in batch])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        with torch.inference_mode(), autocast(model):
+            out = model.generate(
+                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
+            )
+        for i, row in zip(batch, out[:, width:].tolist(), strict=True):
+            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
+            result[i] = row[:end]
     model.train(training)
     return result
 
 
 def greedy_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_new_tokens: int
-) -> list[str]:
-    """What the model answers, greedily: sampling decides nothing. One batch, padded on the left."""
-    import torch
-    from transformers import GenerationConfig
-
+) -> tuple[list[str], list[bool]]:
+    """What the model answers, greedily (sampling decides nothing), and whether the answer came to its end."""
     prompts = [e.input_ids[: e.prompt_length] for e in examples]
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    greedy = GenerationConfig(  # not the hub's: some models come with sampling and a repetition penalty
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+    new = generate(model, tokenizer, prompts, max_new_tokens)
+    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts, [ids[-1:] == [tokenizer.eos_token_id] for ids in new]
+
+
+def general_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> list[Example]:
+    """The general prompts with the base's own answers, sampled: how much likelier they were before than after tuning is
+    how far tuning moved the model where nobody asked it to (an estimate of the KL divergence).
+    """
+    from transformers import set_seed
+
+    prompts = json.loads((HERE / "data/general_prompts.json").read_text(encoding="utf-8"))
+    asked = [chat_ids(tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True) for p in prompts]
+    set_seed(seed)
+    new = generate(model, tokenizer, asked, RETENTION_TOKENS, sample=True)
+    rows = [Row(({"role": "user", "content": p},), "", "general_prompts.json") for p in prompts]
+    return [Example(row, ids + more, len(ids)) for row, ids, more in zip(rows, asked, new, strict=True)]
+
+
+def chrf(answer: str, reference: str) -> float:
+    """0 to 100: character 6-gram F2, sacrebleu's own settings."""
+    from sacrebleu.metrics import CHRF
+
+    return CHRF().sentence_score(answer, [reference]).score
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """0 to 1: F1 of the longest common subsequence of lower-cased words, without stemming."""
+    from rapidfuzz.distance import LCSseq
+
+    left, right = normalize(answer).split(), normalize(reference).split()
+    return 2 * LCSseq.similarity(left, right) / max(1, len(left) + len(right))
+
+
+def copied_share(answers: list[str], train_answers: list[str]) -> float:
+    """Share of the answers that are a training answer, to nine characters in ten."""
+    from rapidfuzz import fuzz, process
+
+    return mean([float(process.cdist([a], train_answers, scorer=fuzz.ratio).max() >= 90) for a in answers])
+
+
+def bootstrap(values: list[float], groups: list[int], seed: int) -> list[float]:
+    """[mean, low, high]: 95% interval over 10,000 resamples of whole groups, which are what is independent."""
+    import numpy as np
+
+    names, index = np.unique(groups[: len(values)], return_inverse=True)
+    sums, counts = np.bincount(index, values), np.bincount(index)
+    drawn = np.random.default_rng(seed).integers(0, len(names), (RESAMPLES, len(names)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return [float(np.mean(values)), float(low), float(high)]
+
+
+def compare_arms(arms: dict[str, dict[str, list]], exam: Exam, seed: int) -> dict:
+    """{arm: {metric: mean}, delta: {metric: [mean, low, high]}}: after less before, question by question."""
+    ids = [e.row.id for e in exam.held_out]
+    result: dict[str, Any] = {}
+    for name, arm in arms.items():
+        result[name] = {metric: mean(arm[metric]) for metric in METRICS}
+        result[name]["answers"] = dict(zip(ids, arm["answers"], strict=False))
+
+    def difference(metric: str, to: str) -> list[float]:
+        pairs = zip(arms["after"][metric], arms[to][metric], strict=True)
+        return bootstrap([after - other for after, other in pairs], exam.groups, seed)
+
+    result["delta"] = {metric: difference(metric, "before") for metric in METRICS}
+    result["delta"]["chrf_vs_prompted"] = difference("chrf", "prompted")
+    result["ranking_interval"] = bootstrap(arms["after"]["ranking_top1"], exam.groups, seed)
+    result["ranking_chance"] = mean([1 / len(places) for places in exam.candidates])
+    result["questions"] = [
+        {
+            "id": e.row.id,
+            "question": e.row.question,
+            "reference": e.row.answer,
+            "nll": {name: arm["nll"][n] for name, arm in arms.items()},
+        }
+        for n, e in enumerate(exam.held_out)
+    ]
+    return result
+
+
+def judge(evaluation: dict) -> dict[str, str]:
+    """The verdict, by rules that the README states. Pure arithmetic on `evaluation`; the sentence names its numbers.
+
+    helped: held-out loss lower (whole interval), ranking not worse by more than 2 points and above chance (whole
+    interval), chrF above the base that was told to be brief, general answers kept. harmed: held-out loss higher (whole
+    interval), or general answers lost. style only: loss lower, but one of the others fails. no evidence: the rest.
+    """
+    before, after, delta = evaluation["before"], evaluation["after"], evaluation["delta"]
+    retention = evaluation["retention"]["change_percent"]
+    loss, low, high = delta["nll"]
+    above_chance = evaluation["ranking_interval"][1] > evaluation["ranking_chance"]
+    ranks = delta["ranking_top1"][0] >= -0.02 and above_chance
+    closer = delta["chrf_vs_prompted"][0] > 0
+    if low > 0 or retention > 100 * RETENTION_LIMIT:
+        label = "harmed"
+    elif high >= 0:
+        label = "no evidence"
+    else:
+        label = "helped" if ranks and closer else "style only"
+    sentence = (
+        f"held-out loss {loss:+.2f} [{low:+.2f}, {high:+.2f}]; right answer first for {100 * after['ranking_top1']:.0f}% "
+        f"of the questions ({100 * before['ranking_top1']:.0f}% before, chance {100 * evaluation['ranking_chance']:.0f}%)"
+        f"; chrF {after['chrf']:.1f}, base told to be brief {evaluation['prompted']['chrf']:.1f}; "
+        f"loss on general answers {retention:+.1f}%"
     )
-    training = model.training
-    model.eval()
-    with torch.inference_mode(), autocast(model):
-        out = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=greedy
-        )
-    model.train(training)
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return {"label": label, "sentence": f"{label}: {sentence}"}
 
 
-def autocast(model: PreTrainedModel):
-    """The precision that training has: LoRA's weights are fp32, the GPU computes in half."""
+def autocast(model: PreTrainedModel, half: bool = False):
+    """The precision that training has: LoRA's weights are fp32, the GPU computes in half. On a CPU see `answer_nll`."""
     import torch
 
-    return torch.autocast("cuda", compute_dtype()) if model.device.type == "cuda" else contextlib.nullcontext()
+    if model.device.type == "cuda":
+        return torch.autocast("cuda", compute_dtype())
+    fast = half and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
 
 
 def mean(values: list[float]) -> float:
@@ -1537,7 +1811,7 @@ def show_lora(model: PreTrainedModel, config: Config) -> None:
     say("LoRA", f"{settings} on {len(config.target_modules)} projections: {share}")
 
 
-def show_plan(plan: Plan) -> None:
+def show_plan(plan: Plan, config: Config) -> None:
     rows = f"{plan.micro_batch_size} rows" if plan.micro_batch_size > 1 else "1 row"
     times = (
         f"{plan.gradient_accumulation_steps} forward passes of {rows}"
@@ -1546,7 +1820,8 @@ def show_plan(plan: Plan) -> None:
     )
     say(
         "Plan",
-        f"an update is {times}, {plan.reason}; {plan.updates_per_epoch} updates an epoch, {plan.updates} at most",
+        f"an update is {times}, {plan.reason}; {plan.updates_per_epoch} updates an epoch, {plan.updates} at most, "
+        f"at {config.learning_rate:.0e}",
     )
 
 
@@ -1672,13 +1947,15 @@ def check_data(config: Config) -> tuple[Data, Source]:
 
 
 def encode_split(tokenizer: PreTrainedTokenizerBase, data: Data, config: Config) -> dict[str, list[Example]]:
-    examples = encode(tokenizer, data.train + data.eval, config.max_length)
-    return {"train": examples[: len(data.train)], "eval": examples[len(data.train) :]}
+    examples = {e.row.id: e for e in encode(tokenizer, data.train + data.eval + data.test, config.max_length)}
+    sides = {"train": data.train, "eval": data.eval, "test": data.test}
+    return {name: [examples[row.id] for row in rows] for name, rows in sides.items()}
 
 
 def dry_run(config: Config) -> None:
     """Data, split, one example, lengths, plan, memory and time; without weights and without writing anything."""
     data, source = check_data(config)
+    config = settle(config, source.config)
     tokenizer = load_tokenizer(source.folder, source.id)
     examples = encode_split(tokenizer, data, config)
     shape = source.config
@@ -1686,14 +1963,12 @@ def dry_run(config: Config) -> None:
     shortest = min(examples["train"], key=lambda example: len(example.input_ids))
     show_example(tokenizer, shortest)
     show_lengths(examples["train"] + examples["eval"])
-    show_plan(plan)
+    show_plan(plan, config)
     say(
         "Memory", ", ".join(f"{part} {gib:.2f}" for part, gib in plan.memory.items()) + f": {plan.total:.2f} GiB in all"
     )
-    say(
-        "Time",
-        f"about {estimate_seconds(config, shape, examples['train'], plan) / 60:.0f} min of training on this machine, if it does not stop early",
-    )
+    minutes = estimate_seconds(config, shape, examples["train"], plan) / 60
+    say("Time", f"about {minutes:.0f} min of training on this machine, if it does not stop early")
     say("", "Nothing was written. The same command without --dry-run trains.")
 
 
@@ -1728,8 +2003,9 @@ def run_evaluation(config: Config | None = None) -> dict:
     if not is_main_process():
         console.quiet = True
     data, source = check_data(config)
+    config = settle(config, source.config)
     output, partial = choose_output(config, source)
-    made = next((path for path in [*partial.parents][::-1] + [partial] if not path.exists()), None)
+    made = next((path for path in [*[*partial.parents][::-1], partial] if not path.exists()), None)
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with libraries_to_log(partial / "train.log"):
@@ -1775,7 +2051,7 @@ def run_job(config: Config, data: Data, source: Source, output: Path, partial: P
     before = measured(None, model)
     model = add_lora(model, config, source, plan.gradient_checkpointing)
     show_lora(model, config)
-    show_plan(plan)
+    show_plan(plan, config)
     say("Before", f"held-out loss {before['nll']:.3f}")
     training = train(model, tokenizer, examples, plan, config, partial)
     after = measured(partial / "best", model)

@@ -1,7 +1,6 @@
 """The whole job through the real command line: a tiny random Mistral for the mechanics, SmolLM2 for the result."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -41,7 +40,7 @@ def finished(tmp_path_factory, embedded):
 
 
 def test_the_job_learns_and_leaves_a_whole_folder(finished):
-    folder, done = finished
+    folder, _ = finished
     run = json.loads((folder / "run.json").read_text())
     assert run["status"] == "complete" and not folder.with_name(folder.name + ".partial").exists()
     assert run["evaluation"]["after"]["nll"] < run["evaluation"]["before"]["nll"] - 0.3
@@ -159,8 +158,7 @@ def test_dry_run_writes_nothing(run, faq, tiny_model, tmp_path):
 def test_updates_are_those_of_a_plain_loop(faq, tiny_model, tmp_path, monkeypatch):
     """One flattened, padding-free batch an update trains what a padded batch and a plain AdamW loop train."""
     import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, set_seed
+    from transformers import set_seed
 
     monkeypatch.chdir(tmp_path)
     config = finetune.Config(
@@ -193,14 +191,13 @@ def test_updates_are_those_of_a_plain_loop(faq, tiny_model, tmp_path, monkeypatc
     for name, weight in model.state_dict().items():
         if "lora_" in name:
             torch.testing.assert_close(saved[name.replace(".default", "")], weight, atol=2e-4, rtol=1e-3)
-    del AutoModelForCausalLM, LoraConfig, get_peft_model
 
 
 LONG = ("--num-train-epochs", "24", "--early-stopping-patience", "0")
 
 
 def test_interrupted_and_resumed_is_the_same_adapter(run, faq, tiny_model, tmp_path):
-    """Ctrl-C in the middle saves the update it was at; --resume ends with the adapter of the run that was not stopped."""
+    """Ctrl-C saves the update it was at; --resume ends with the adapter of a run that was not stopped."""
     flags = ["--data", str(faq), "--model", str(tiny_model), *SHORT, *LONG]
     whole = run(*flags, "--output-dir", "whole")
     assert whole.returncode == 0, whole.stderr
@@ -258,7 +255,7 @@ def test_a_failure_while_running_is_told_without_traceback(run, faq, tiny_model,
     broken = tmp_path / "broken-model"
     shutil.copytree(tiny_model, broken)
     with (broken / "model.safetensors").open("r+b") as file:
-        file.truncate(os.path.getsize(broken / "model.safetensors") // 2)
+        file.truncate((broken / "model.safetensors").stat().st_size // 2)
     done = run("--data", faq, "--model", broken)
     assert done.returncode == 1 and "failed" in done.stderr and "Traceback" not in done.stderr
     log = tmp_path / "adapters/faq-broken-model.partial/train.log"
