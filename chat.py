@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tyro
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, RenderableType
 from rich.markdown import Markdown
 from rich.table import Table
@@ -985,22 +985,31 @@ class Area:
     """Lines at the bottom of the screen that are painted anew until they are final; never more than fit."""
 
     def __init__(self, console: Console):
-        self.console, self.rows, self.width, self.painted = console, 0, console.width, 0.0
+        self.console, self.lines, self.painted = console, [], 0.0
 
     def paint(self, what: RenderableType) -> None:
         if time.monotonic() - self.painted < 0.1:
             return
         self.painted = time.monotonic()
         lines = render(self.console, what).split("\n")[-max(1, self.console.height - 2) :]
-        self.erase()
-        self.console.file.write("\n".join(lines) + "\n")
+        # Line over line, and only then what is left below: a screen that is erased first would flicker.
+        self.console.file.write(self.to_top() + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
         self.console.file.flush()
-        self.rows = len(lines)
+        self.lines = [Text.from_ansi(line).cell_len for line in lines]
 
     def erase(self) -> None:
-        if self.rows and self.width == self.console.width:  # after a resize nobody knows where the lines went
-            self.console.file.write(f"\x1b[{self.rows}A\r\x1b[J")
-        self.rows, self.width = 0, self.console.width
+        self.console.file.write(self.to_top() + "\x1b[J" if self.lines else "")
+        self.lines = []
+
+    def to_top(self) -> str:
+        """In a window that has become narrower, terminals break the lines that no longer fit."""
+        rows = sum(max(1, math.ceil(length / self.console.width)) for length in self.lines)
+        return f"\x1b[{rows}A\r" if rows else ""
+
+
+def plain_table(head: bool = False, expand: bool = False) -> Table:
+    """Aligned columns without lines."""
+    return Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=head, expand=expand)
 
 
 def marked(text: str, other: str, plain: bool = False) -> Text:
@@ -1021,9 +1030,9 @@ def marked(text: str, other: str, plain: bool = False) -> Text:
 def side_by_side(answers: list[tuple[str, str, Text]], width: int) -> RenderableType:
     """(head, speed, text) of each model: in columns, or under each other where columns would be narrow."""
     stacked = width // len(answers) < NARROW
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, expand=True, show_header=not stacked)
+    table = plain_table(head=not stacked, expand=True)
     if stacked:
-        table.add_column(ratio=1)
+        table.add_column(ratio=1, overflow="fold")
         for number, (head, speed, text) in enumerate(answers):
             table.add_row(Text.assemble("\n" if number else "", (head, "bold"), "  ", (speed, "dim")))
             table.add_row(text)
@@ -1035,7 +1044,8 @@ def side_by_side(answers: list[tuple[str, str, Text]], width: int) -> Renderable
 
 
 def speed_of(answer: Answer) -> str:
-    return f"{answer.tokens} tokens, {answer.tokens_per_second:.0f} tok/s" if answer.tokens > 1 else ""
+    cut = {"num_predict": ", cut at num_predict", "context": ", cut: context full"}.get(answer.stop, "")
+    return f"{answer.tokens} tokens, {answer.tokens_per_second:.0f} tok/s{cut}" if answer.tokens > 1 else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1179,6 +1189,7 @@ class Chat:
         self.last: Answer | None = None
         self.compared: tuple[str, dict[str, Answer]] | None = None
         self.context_used = 0
+        self.typed = ""  # what the next prompt begins with
         self.leaving = False
         self.session = make_session(self)
 
@@ -1251,18 +1262,22 @@ class Chat:
         self.greet()
         while not self.leaving:
             try:
-                line = self.session.prompt(">>> ")
+                line = self.session.prompt(">>> ", default=self.typed)
+                self.typed = ""
                 if self.loading.done():
                     self.session.refresh_interval = 0
                 self.handle(line)
             except KeyboardInterrupt:
                 self.note("Ctrl-D on an empty line or /bye leaves; /help lists the commands")
+                continue
             except EOFError:
                 return
             except BadInput as problem:
                 if self.loading.done() and self.loading.exception():
                     raise
                 self.note(str(problem), "red")
+            if line.strip():
+                self.console.print()
 
     def greet(self) -> None:
         self.note(f"{self.source.id} in 4 bits{self.describe()}", "bold")
@@ -1355,8 +1370,8 @@ class Chat:
     # -- commands
 
     def do_help(self, rest: str) -> None:
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
-        table.add_column(overflow="fold", max_width=24)
+        table = plain_table()
+        table.add_column(overflow="fold", max_width=25 if self.console.width >= 60 else 13)
         table.add_column()
         for name, (arguments, meaning) in COMMANDS.items():
             table.add_row(Text(f"{name} {arguments}".strip(), "bold"), Text(meaning))
@@ -1403,7 +1418,7 @@ class Chat:
         self.note(f"{words[0]} = {'random' if value is None else value}")
 
     def show_parameters(self) -> None:
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+        table = plain_table()
         for name, (*_, meaning) in PARAMETERS.items():
             value = getattr(self.settings, name)
             table.add_row(Text(name, "bold"), "random" if value is None else f"{value:g}", Text(meaning, "dim"))
@@ -1417,7 +1432,7 @@ class Chat:
             self.note("This model's template has no system turn: the prompt goes into the first question")
 
     def list_models(self) -> None:
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+        table = plain_table()
         for name, model in self.engine.models.items():
             what = model.adapter.summary if model.adapter else f"{model.base.source.id}, without adapter"
             what = "has no effect: its logits are the base's" if model.no_effect else what
@@ -1481,7 +1496,7 @@ class Chat:
         self.count_context()
 
     def do_stats(self, rest: str) -> None:
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=False)
+        table = plain_table()
         if last := self.last:
             read = last.prompt_tokens - last.cached_tokens
             table.add_row("last answer", f"{clean(last.model)}, seed {last.seed}, ended by {last.stop}")
@@ -1501,7 +1516,7 @@ class Chat:
             raise BadInput("/score TEXT: what would be the answer?")
         turn, upto = self.last_turn(), len(self.conversation.turns) - 1
         messages = self.conversation.messages(turn.question, upto)
-        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+        table = plain_table(head=True)
         for head in ("", "mean log-probability", "perplexity", "tokens"):
             table.add_column(head, justify="right" if head else "left")
         for name in self.engine.models:
@@ -1522,12 +1537,15 @@ class Chat:
         self.show_comparison(answers)
         self.show_partings(answers)
         self.show_nearest(question)
-        shown = ", ".join(f"{number} {name}" for number, name in enumerate(answers, 1))
-        picked = self.ask(f"Go on with which answer? {shown} (Enter: none) ")
+        shown = "  ".join(f"{number}: {name}" for number, name in enumerate(answers, 1))
+        self.note(f"\nGo on with the answer of {shown}  Enter: none", "none")
+        picked = self.ask("? ")
         if picked in map(str, range(1, len(answers) + 1)):
             self.keep(question, answers, list(answers)[int(picked) - 1], upto)
         elif picked in answers:
             self.keep(question, answers, picked, upto)
+        else:
+            self.typed = picked  # the next question, most likely
 
     def need_two(self) -> list[str]:
         names = list(self.engine.models)
@@ -1589,15 +1607,18 @@ class Chat:
                 continue
             tokenizer = self.engine.models[name].tokenizer
             before = tokenizer.decode(answers[name].ids[max(0, place - 6) : place])
-            self.note(f'They part at token {place + 1}, after "{" ".join(before.split())}":', "none")
+            where = f'after "{" ".join(before.split())}"' if place else "their first"
+            self.note(f"They part at token {place + 1}, {where}. The likeliest there:")
+            wide = max(cell_len(clean(first)), cell_len(clean(name)))
             for who in (first, name):
-                tops = answers[who].top[place : place + 1]
-                words = [f"{self.token(who, token)} {share:.0%}" for token, share in itertools.chain(*tops)]
-                self.note(f"  {who}: {', '.join(words) or 'had been stopped'}", "none")
+                tops = answers[who].top[place] if place < len(answers[who].top) else []
+                words = "  ".join(f"{self.token(who, token)} {share:.0%}" for token, share in tops)
+                self.note(f"  {set_cell_size(clean(who), wide)}  {words or 'had been stopped'}")
 
     def token(self, name: str, token: int) -> str:
         model = self.engine.models[name]
-        return "(end)" if token in model.stops else repr(model.tokenizer.decode([token]))
+        text = clean(model.tokenizer.decode([token])).strip(" ")
+        return "(end)" if token in model.stops else json.dumps(text, ensure_ascii=False)
 
     def show_nearest(self, question: str) -> None:
         adapter = next((m.adapter for m in self.engine.models.values() if m.adapter), None)
@@ -1769,7 +1790,8 @@ def chat(config: Config, source: Source, adapters: list[Adapter]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    for name, value in finetune.QUIET.items():
+    # Threads that spin while they wait make a token ten times slower as soon as anything else runs on the machine.
+    for name, value in {**finetune.QUIET, "OMP_WAIT_POLICY": "PASSIVE"}.items():
         os.environ.setdefault(name, value)
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
