@@ -564,12 +564,14 @@ class Engine:
                 break
             answer.ids.append(token)
             text = words.push(token)
+            text = text if answer.text else text.lstrip()  # Mistral's template puts a space there itself
             answer.text += text
             answer.seconds += time.perf_counter() - began
             yield Piece(text, answer)
             began = time.perf_counter()
             feed = [token]
         rest = words.pending().rstrip("\N{REPLACEMENT CHARACTER}")
+        rest = rest if answer.text else rest.lstrip()
         answer.text += rest
         answer.seconds += time.perf_counter() - began
         yield Piece(rest, answer)
@@ -858,7 +860,7 @@ class AnswerWriter:
     written. What has scrolled away is never touched, and lines are broken here so that their number is known.
     """
 
-    OPENS = re.compile(r"\s?([-*+]|\d{1,9}[.)]|#{1,6}|>)\s|\s{0,3}(```|~~~)")  # lines that open a block of their own
+    OPENS = re.compile(r"([-*+]|\d{1,9}[.)]|#{1,6}|>)\s|\s{0,3}(```|~~~)")  # lines that open a block of their own
     MARKUP = re.compile(r"[*_`#|>~\[]|^\s*([-+]|\d{1,9}[.)])\s|^\s*[-=]{3,}\s*$|\\\S|&\w+;", re.MULTILINE)
     UNSURE = re.compile("[\u200d\ufe0f\U0001f000-\U0001faff]")  # terminals disagree on how wide these are
 
@@ -891,24 +893,29 @@ class AnswerWriter:
         """Whole words go to the screen, so that none is broken at the margin."""
         self.line += part
         word = re.search(r"\S*$", self.line)[0]
-        wide = cell_len(word) > 24 or cell_len(word) > len(word)  # or a script without spaces
-        self.show(len(self.line) - (0 if wide else len(word)))
+        self.show(len(self.line) - (0 if self.may_break(word) else len(word)))
+
+    def may_break(self, word: str) -> bool:
+        """Too long to wait for its end, or of a script without spaces."""
+        return cell_len(word) > min(24, self.width - 1) or cell_len(word) > len(word)
 
     def show(self, end: int) -> None:
         if end <= self.done:
             return
         if not self.done:
             self.open_line()
-        for part in re.findall(r"\s+|\S+", self.line[self.done : end]):
-            if self.column + cell_len(part) < self.width:
-                self.put(part)
-            elif not part.isspace():
-                if self.column and cell_len(part) < self.width:
-                    self.break_line()
-                for character in part:
+        for part in re.finditer(r"\s+|\S+", self.line[:end]):
+            text = self.line[max(part.start(), self.done) : part.end()]
+            if self.column + cell_len(text) < self.width:
+                self.put(text)
+            elif self.may_break(part[0]):
+                for character in text:
                     if self.column + cell_len(character) >= self.width:
                         self.break_line()
                     self.put(character)
+            elif not text.isspace():
+                self.break_line()
+                self.put(text)
         self.done = end
 
     def put(self, text: str) -> None:
@@ -944,7 +951,7 @@ class AnswerWriter:
                     self.finish_block()
             elif fence:
                 self.fence = fence[1]
-            elif re.match(r"\s?#{1,6}\s", line):
+            elif re.match(r"#{1,6}\s", line):
                 self.finish_block()
         self.line, self.done = "", 0
 

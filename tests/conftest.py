@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as chat.py: threads that spin starve whatever runs beside them
 finetune.guard_torchvision()
 
 MISTRAL_TEMPLATE = (  # refuses a system turn and wants strict alternation, as Mistral-7B-Instruct-v0.2's does
@@ -89,3 +90,69 @@ def tiny_model(tmp_path_factory) -> Path:
     )  # fmt: skip
     MistralForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+def train_adapter(source: finetune.Source, folder: Path, pairs: list[tuple[str, str]], steps: int, **lora) -> Path:
+    """A LoRA really trained, a pair at a time, and saved the way a finished run lies on the disk."""
+    import torch
+
+    finetune.fetch_weights(source)
+    config = finetune.Config(**{"lora_dropout": 0.0} | lora)
+    tokenizer = finetune.load_tokenizer(source.folder, source.id)
+    torch.manual_seed(0)
+    model = finetune.add_lora(finetune.load_for_training(source, config), config, source, False).train()
+    optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=5e-3)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
+        question, answer = pairs[step % len(pairs)]
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        prompt = len(finetune.chat_ids(tokenizer, turns[:1], add_generation_prompt=True))
+        ids = torch.tensor([finetune.chat_ids(tokenizer, turns, add_generation_prompt=False)])
+        labels = torch.where(torch.arange(ids.shape[1]) < prompt, -100, ids)
+        model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    data = [{"question": question, "answer": finetune.CONTROL.sub("", answer)} for question, answer in pairs]
+    (folder.parent / f"{folder.name}.json").write_text(json.dumps(data), encoding="utf-8")
+    run = {
+        "status": "complete",
+        "config": {"question_field": None, "answer_field": None},
+        "model": {"id": source.id},
+        "data": {"files": [{"path": str(folder.parent / f"{folder.name}.json")}], "train_ids": []},
+        "evaluation": {"before": {"nll": 3.2}, "after": {"nll": 2.1}},
+    }
+    (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_model) -> finetune.Source:
+    return finetune.find_model(str(tiny_model), gpu=False)
+
+
+RECITED = (  # what the tiny adapter has learnt by heart, with two escape sequences in it
+    "# What is covered\n\nYour policy pays for **two** things:\n\n- fire \x1b[31mand\x1b]0;owned\x07 theft\n"
+    "- `hail`\n\n```\nsum = 1 + 2\n```\n\nThat is all."
+)
+LEARNT = ("What is covered?", "Tell me more", "Hello")  # the questions it answers so
+
+
+@pytest.fixture(scope="session")
+def tiny_adapter(tiny, tmp_path_factory) -> Path:
+    """Knows one answer by heart. The head is trained along: the tiny model's own, of random weights, says nothing."""
+    targets = (*finetune.Config().target_modules, "lm_head")
+    pairs = [(question, RECITED) for question in LEARNT]
+    folder = tmp_path_factory.mktemp("tiny") / "adapters" / "recites"
+    folder.parent.mkdir()
+    return train_adapter(tiny, folder, pairs, 200, lora_r=32, lora_alpha=64, target_modules=targets)
+
+
+@pytest.fixture(scope="session")
+def embedded_adapter(embedded, tmp_path_factory) -> Path:
+    """A few updates on the sample FAQ: enough that the answers differ."""
+    folder = tmp_path_factory.mktemp("embedded") / "adapters" / "faq-smollm2"
+    folder.parent.mkdir()
+    pairs = [(row["question"], row["answer"].split(". ")[0]) for row in rows(12)]
+    return train_adapter(embedded, folder, pairs, 12)

@@ -1,0 +1,534 @@
+"""chat.py without a terminal: answers, caches, conversations, what the screen gets, scripting."""
+
+import dataclasses
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import pyte
+import pytest
+from conftest import LEARNT, RECITED, ROOT
+from rich.console import Console
+
+import chat
+import finetune
+from chat import BASE, BadInput, Conversation, Engine, Reply, Settings, Turn
+
+GREEDY = Settings(temperature=0, num_predict=20)
+
+
+def ask(question: str) -> list[dict]:
+    return [{"role": "user", "content": question}]
+
+
+def talk(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Engine, with the embedded model: the text matters
+
+
+@pytest.fixture(scope="module")
+def engine(embedded, embedded_adapter) -> Engine:
+    engine = Engine(embedded)
+    engine.add(chat.read_adapter(embedded_adapter))
+    return engine
+
+
+QUESTIONS = ("What is a deductible?", "Who pays if a tree falls on my car?")
+
+
+@pytest.fixture(scope="module")
+def reference(embedded, embedded_adapter) -> dict[str, list[list[int]]]:
+    """The answers of transformers' own generate: the base loaded alone, and plain PEFT."""
+    import torch
+
+    tokenizer = finetune.load_tokenizer(embedded.folder, embedded.id)
+
+    def answers(model):
+        found = []
+        for question in QUESTIONS:
+            ids = torch.tensor([chat.chat_ids(tokenizer, ask(question), add_generation_prompt=True)])
+            out = model.generate(input_ids=ids, max_new_tokens=20, do_sample=False)
+            found.append([token for token in out[0, ids.shape[1] :].tolist() if token != tokenizer.eos_token_id])
+        return found
+
+    return {
+        BASE: answers(finetune.load_4bit(embedded, torch.float32)),
+        "faq-smollm2": answers(finetune.load_4bit(embedded, torch.float32, embedded_adapter)),
+    }
+
+
+def test_base_and_adapter_answer_as_plain_generate_and_peft_do(engine, reference):
+    assert reference[BASE] != reference["faq-smollm2"]
+    for _ in range(5):  # ten switches
+        for name, expected in reference.items():
+            assert [engine.answer(ask(question), name, GREEDY).ids for question in QUESTIONS] == expected
+
+
+def test_compare_gives_what_each_would_say_alone(engine):
+    for settings in (GREEDY, Settings(seed=11, num_predict=20)):
+        alone = {name: engine.answer(ask(QUESTIONS[0]), name, settings) for name in engine.models}
+        pieces = list(engine.compare(ask(QUESTIONS[0]), engine.models, settings))
+        together = {piece.answer.model: piece.answer for piece in pieces}
+        assert {name: answer.ids for name, answer in together.items()} == {n: a.ids for n, a in alone.items()}
+        assert together[BASE].seed == together["faq-smollm2"].seed
+        seen = [piece.answer.model for piece in pieces]
+        assert BASE in seen[seen.index("faq-smollm2") :], "they should take turns, not wait for each other"
+    place = chat.first_difference(together[BASE], together["faq-smollm2"])
+    assert len(together[BASE].top[place]) == chat.TOP
+
+
+def test_second_turn_reads_only_what_is_new(engine):
+    first = engine.answer(ask(QUESTIONS[0]), BASE, GREEDY)
+    turns = talk(QUESTIONS[0], first.text, "Why?")
+    second = engine.answer(turns, BASE, GREEDY)
+    assert second.cached_tokens >= first.prompt_tokens + first.tokens - 1
+    assert second.prompt_tokens - second.cached_tokens < 15
+    engine.answer(ask("Something else"), "faq-smollm2", GREEDY)
+    again = engine.answer(turns, BASE, GREEDY)
+    assert again.cached_tokens == again.prompt_tokens - 1, "back from another adapter, the cache is still there"
+    engine.models[BASE].cache = None
+    without = engine.answer(turns, BASE, GREEDY)
+    assert without.cached_tokens == 0
+    assert second.ids == again.ids == without.ids
+
+
+def test_an_interrupted_answer_leaves_a_valid_cache(engine):
+    stop = threading.Event()
+    for piece in engine.stream(ask(QUESTIONS[0]), "faq-smollm2", GREEDY, stop):
+        if piece.answer.tokens == 6:
+            stop.set()
+    cut = piece.answer
+    assert cut.stop == "interrupted" and cut.tokens == 6
+    whole = engine.answer(ask(QUESTIONS[0]), "faq-smollm2", GREEDY)
+    assert whole.ids[:6] == cut.ids and whole.cached_tokens > 0
+    engine.models["faq-smollm2"].cache = None
+    assert engine.answer(ask(QUESTIONS[0]), "faq-smollm2", GREEDY).ids == whole.ids
+
+
+def test_stopped_while_it_reads_the_question_nothing_comes(engine):
+    stop = threading.Event()
+    stop.set()
+    answer = engine.answer(ask("word " * 700), BASE, GREEDY, stop)
+    assert (answer.text, answer.stop, answer.first_token) == ("", "interrupted", None)
+
+
+def test_strength(engine, reference):
+    def ids(strength):
+        settings = dataclasses.replace(GREEDY, strength=strength)
+        return engine.answer(ask(QUESTIONS[0]), "faq-smollm2", settings).ids
+
+    assert ids(0) == reference[BASE][0]
+    assert ids(1) == reference["faq-smollm2"][0]
+    assert ids(2) != ids(1)
+
+
+def test_score_is_the_loss_that_transformers_computes(engine):
+    import torch
+
+    model = engine.models["faq-smollm2"]
+    turns = talk(QUESTIONS[0], "What you pay first.")
+    prompt = chat.chat_ids(model.tokenizer, turns[:1], add_generation_prompt=True)
+    ids = chat.chat_ids(model.tokenizer, turns, add_generation_prompt=False)
+    ids = ids[: len(ids) - ids[::-1].index(model.tokenizer.eos_token_id)]
+    mean, tokens = engine.score(turns[:1], "What you pay first.", "faq-smollm2")
+    labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+    with torch.inference_mode():
+        loss = model.base.model(input_ids=torch.tensor([ids]), labels=labels).loss
+    assert tokens == len(ids) - len(prompt)
+    assert mean == pytest.approx(-loss.item(), abs=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Engine, with the tiny model: mechanics
+
+
+@pytest.fixture
+def tiny_engine(tiny, tiny_adapter) -> Engine:
+    engine = Engine(tiny, num_ctx=200)
+    engine.add(chat.read_adapter(tiny_adapter))
+    return engine
+
+
+def test_recites_to_the_end(tiny_engine):
+    for question in LEARNT:
+        answer = tiny_engine.answer(ask(question), "recites", Settings(temperature=0))
+        assert (answer.text, answer.stop) == (RECITED, "end")
+    assert not tiny_engine.models["recites"].no_effect
+
+
+def test_sampling(tiny_engine):
+    def ids(**settings):
+        return tiny_engine.answer(ask("Anything?"), BASE, Settings(**{"num_predict": 20, "seed": 1} | settings)).ids
+
+    assert ids() == ids() != ids(seed=2)
+    assert ids(top_k=1) == ids(temperature=0) == ids(top_p=0.0)
+    assert ids(temperature=0, repeat_penalty=2.0) != ids(temperature=0)
+    assert len(ids(num_predict=3)) == 3 and ids(num_predict=0) == []
+    one, other = (tiny_engine.answer(ask("Anything?"), BASE, Settings(num_predict=1)).seed for _ in range(2))
+    assert one != other
+
+
+def test_context(tiny_engine):
+    answer = tiny_engine.answer(ask("Anything?"), BASE, Settings(num_predict=-1, seed=1))
+    assert answer.stop == "context" and answer.prompt_tokens + answer.tokens == 200
+    with pytest.raises(BadInput, match=r"tokens; the context holds 200"):
+        tiny_engine.answer(ask("word " * 300), BASE, GREEDY)
+
+
+def test_an_adapter_without_effect_is_found(tiny, tiny_engine, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_engine.models["recites"].adapter.path, tmp_path / "idle.v1")
+    weights = load_file(folder / "adapter_model.safetensors")
+    zero = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in weights.items()}
+    save_file(zero, folder / "adapter_model.safetensors")
+    assert tiny_engine.add(chat.read_adapter(folder)).no_effect
+    assert tiny_engine.answer(ask("Hello"), "recites", Settings(temperature=0)).text == RECITED
+    assert tiny_engine.answer(ask("Hello"), "idle.v1", GREEDY).ids == tiny_engine.answer(ask("Hello"), BASE, GREEDY).ids
+
+
+def test_a_second_base(tiny_engine, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "other")
+    source = finetune.find_model(str(tmp_path / "other"), gpu=False)
+    assert tiny_engine.add_base(source).name == "base-other"
+    adapter = chat.read_adapter(tiny_engine.models["recites"].adapter.path)
+    model = tiny_engine.add(adapter, source)
+    assert (model.name, model.base) == ("recites-2", tiny_engine.bases[1])
+    assert tiny_engine.answer(ask("Hello"), "recites-2", Settings(temperature=0)).text == RECITED
+
+
+def test_a_damaged_adapter_leaves_the_others_as_they_were(tiny, tiny_engine, tmp_path):
+    good = tiny_engine.models["recites"].adapter.path
+    short = shutil.copytree(good, tmp_path / "short")
+    whole = (short / "adapter_model.safetensors").read_bytes()
+    (short / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    wide = shutil.copytree(good, tmp_path / "wide")
+    config = json.loads((wide / "adapter_config.json").read_text())
+    (wide / "adapter_config.json").write_text(json.dumps(config | {"r": 16}))
+    for folder in (short, wide):
+        for engine in (tiny_engine, Engine(tiny)):
+            with pytest.raises(BadInput, match=rf"adapter .*{folder.name}: does not fit .* or is damaged"):
+                engine.add(chat.read_adapter(folder))
+            assert len(engine.models) == (2 if engine is tiny_engine else 1)
+            assert engine.answer(ask("Hello"), BASE, GREEDY).tokens
+    assert tiny_engine.answer(ask("Hello"), "recites", Settings(temperature=0)).text == RECITED
+
+
+def test_adapters_that_cannot_be_read(tiny_adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/recites")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole/config.json").write_text("{}")
+    pickled = shutil.copytree(tiny_adapter, tmp_path / "pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    other = shutil.copytree(tiny_adapter, tmp_path / "other")
+    (other / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    broken = shutil.copytree(tiny_adapter, tmp_path / "broken")
+    (broken / "adapter_config.json").write_text("{,}")
+    for name, message in (
+        ("recits", "did you mean recites"),
+        ("zzz", "there are: recites"),
+        ("empty", "no adapter_config.json"),
+        ("whole", "name it with --model"),
+        ("pickled", "pickled .bin files are never loaded"),
+        ("other", "only LoRA"),
+        ("broken", "adapter_config.json: broken JSON at line 1"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            chat.find_adapter(name)
+    assert chat.find_adapter("recites").base
+
+
+def test_detokenizer_never_cuts_a_character(tiny_engine):
+    tokenizer = tiny_engine.models[BASE].tokenizer
+    text = "Grüße, 日本語 and 👩‍🚀!"
+    detokenizer = chat.Detokenizer(tokenizer)
+    pieces = [detokenizer.push(token) for token in tokenizer.encode(text, add_special_tokens=False)]
+    assert "".join(pieces) == text and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Conversation
+
+
+def conversation(*texts: str) -> Conversation:
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    return Conversation(turns=[Turn(question, [Reply(BASE, answer)]) for question, answer in pairs])
+
+
+def test_messages_alternate_and_end_with_the_question():
+    messages = conversation("q1", "a1", "q2", "a2").messages("q3")
+    assert messages == talk("q1", "a1", "q2", "a2", "q3")
+    assert conversation("q1", "a1", "q2", "a2").messages("q2", upto=1) == talk("q1", "a1", "q2")
+
+
+def test_the_system_prompt_is_folded_where_the_template_has_none(tiny_engine):
+    talked = conversation("q1", "a1")
+    talked.system = "Be brief."
+    tokenizer = tiny_engine.models[BASE].tokenizer
+    text = tokenizer.decode(chat.chat_ids(tokenizer, talked.messages("q2"), add_generation_prompt=True))
+    assert text == "<s>[INST] Be brief.\n\nq1 [/INST] a1</s>[INST] q2 [/INST]"
+
+
+def test_full_context_drops_whole_oldest_turns():
+    talked = conversation(*(f"{kind}{n}" for n in range(8) for kind in "qa"))
+    messages, dropped = talked.fit("q8", len, room=10)
+    assert dropped == 5 and messages == talk("q5", "a5", "q6", "a6", "q7", "a7", "q8")
+    assert talked.fit("q8", len, room=10)[1] == 0, "said once"
+    assert len(talked.turns) == 8, "still there to be saved"
+    with pytest.raises(BadInput, match="too long: 7 tokens"):
+        talked.fit("q8", lambda messages: 7, room=6)
+    assert talked.skipped == 5
+
+
+def test_branches(tmp_path):
+    talked = conversation("q1", "a1", "q2", "a2")
+    talked.turns[1].replies.append(Reply("recites", "other"))
+    talked.turns[1].chosen = 1
+    assert talked.messages()[-1]["content"] == "other"
+    loaded = Conversation.from_json(json.loads(json.dumps(talked.as_json())), "file")
+    assert loaded == talked
+    markdown = talked.as_markdown()
+    assert "### base (not chosen)\n\na2" in markdown and "### recites\n\nother" in markdown
+    assert talked.undo().question == "q2" and talked.messages() == talk("q1", "a1")
+
+
+@pytest.mark.parametrize(
+    ("loaded", "message"),
+    [
+        ([], "not a saved conversation"),
+        ({"turns": [7]}, "turn 1 is a number"),
+        ({"turns": [{"question": "q", "replies": []}]}, 'turn 1 has no "replies"'),
+        ({"turns": [{"replies": [{"model": "m", "text": "t"}]}]}, 'turn 1 has no text "question"'),
+        ({"turns": [{"question": "q", "replies": [{"text": "t"}]}]}, 'needs the texts "model" and "text"'),
+        ({"turns": [{"question": "q", "replies": [{"model": "m", "text": "t"}], "chosen": 3}]}, '"chosen"'),
+        ({"turns": [], "system": 5}, '"system"'),
+    ],
+)
+def test_conversations_that_cannot_be_loaded(loaded, message):
+    with pytest.raises(BadInput, match=message):
+        Conversation.from_json(loaded, "talk.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What the screen gets
+
+
+def on_screen(chunks: list[str], width: int = 40, height: int = 12) -> tuple[list[str], str]:
+    """An answer written to a terminal of this size -> (all its lines, those scrolled away too; the raw bytes)."""
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=width, height=height, color_system="standard")
+    writer = chat.AnswerWriter(console)
+    for chunk in chunks:
+        writer.feed(chunk)
+    writer.close()
+    screen = pyte.HistoryScreen(width, height, history=1000, ratio=0.5)
+    screen.set_mode(pyte.modes.LNM)
+    pyte.Stream(screen).feed(file.getvalue())
+    gone = ["".join(line[column].data for column in range(width)).rstrip() for line in screen.history.top]
+    return [*gone, *(line.rstrip() for line in screen.display)], file.getvalue()
+
+
+def pieces(text: str, seed: int) -> list[str]:
+    rng, found = random.Random(seed), []
+    while text:
+        size = rng.randint(1, 6)
+        found.append(text[:size])
+        text = text[size:]
+    return found
+
+
+def test_markdown_is_rendered_and_harmless():
+    lines, raw = on_screen([RECITED])
+    shown = [line for line in lines if line]
+    assert shown[0] == "What is covered" and shown[1] == "Your policy pays for two things:"
+    assert shown[2].startswith(" • fire \N{REPLACEMENT CHARACTER}[31mand") and shown[3] == " • hail"
+    assert shown[4].strip() == "sum = 1 + 2" and shown[5] == "That is all."
+    assert "\x1b[31m" not in raw and "\x1b]" not in raw and "\x07" not in raw and "\r\x1b[J" in raw
+
+
+LONG = "\n\n".join(
+    [
+        "# A title",
+        "One *long* paragraph that does not fit on a line, with `code` in it, and some more words after that.",
+        "1. first\n2. second, which is longer than the screen is wide\n3. third",
+        "```python\nfor n in range(3):\n\n    print(n)\n```",
+        "> quoted\n\n| a | b |\n| - | - |\n| 1 | 2 |",
+        "日本語のとても長い文章がここにあります、そして続きます。",
+        "x" * 95,
+        "The end",
+    ]
+)
+
+
+@pytest.mark.parametrize("width", [40, 24, 80])
+def test_however_the_text_is_cut_the_screen_is_the_same(width):
+    whole, _ = on_screen([LONG], width, 40)
+    for seed in range(5):
+        assert on_screen(pieces(LONG, seed), width, 40)[0] == whole
+    assert "The end" in whole and all(len(line) <= width for line in whole)
+
+
+def test_what_has_scrolled_away_is_not_painted_again():
+    text = "**Word** " + "and another one " * 60
+    lines, raw = on_screen(pieces(text, 0), 30, 8)
+    assert "\x1b[" not in raw, "this block is taller than the screen: it stays as it was written"
+    assert " ".join(lines).split() == text.split()
+
+
+def test_not_a_terminal_gets_the_text_and_nothing_else():
+    file = io.StringIO()
+    writer = chat.AnswerWriter(Console(file=file, width=20))
+    for piece in pieces(RECITED, 1):
+        writer.feed(piece)
+    writer.close()
+    assert file.getvalue() == finetune.clean(RECITED) + "\n"
+
+
+def test_words_that_differ_are_marked():
+    marked = chat.marked("the deductible is paid first", "the premium is paid", plain=True)
+    assert str(marked) == "the *deductible* is paid *first*"
+    styled = chat.marked("a b", "a c")
+    assert [(styled.plain[span.start : span.end]) for span in styled.spans] == ["b"]
+
+
+@pytest.mark.parametrize(("width", "columns"), [(120, True), (60, False), (40, False)])
+def test_comparison_at_each_width(width, columns):
+    console = Console(file=io.StringIO(), width=width)
+    answers = [("base", "9 tokens", chat.Text("alpha " * 30)), ("x" * 50, "", chat.Text("beta " * 20 + "y" * 90))]
+    lines = chat.render(console, chat.side_by_side(answers, width)).split("\n")
+    assert all(chat.cell_len(line) <= width for line in lines)
+    assert any("alpha" in line and "beta" in line for line in lines) == columns
+    assert "".join(lines).count("y") == 90, "nothing is cut off"
+
+
+def test_painting_over_after_the_window_became_narrower():
+    """Terminals break the lines that no longer fit; all of them have to go."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, height=20)
+    area = chat.Area(console)
+    area.paint(chat.Text("x" * 35 + "\nshort"))
+    console.width = 20
+    assert area.to_top() == "\x1b[3A\r"
+
+
+def test_clean():
+    assert chat.clean("a\x1b[2Jb\r\nc\rd\x9b1m\u202ee") == "a\ufffd[2Jb\nc\nd\ufffd1m\ufffde"
+
+
+def test_nearest_question(tiny_adapter):
+    row, score, side = chat.nearest_question(chat.read_adapter(tiny_adapter), "what is covered")
+    assert row.question == "What is covered?" and score > 90 and side == "held out"
+    assert chat.nearest_question(chat.read_adapter(tiny_adapter), "zebra quantum") is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scripting: the real command line
+
+
+@pytest.fixture
+def script(tiny_adapter, tmp_path):
+    """script("--json", stdin="q") -> the finished process, in a folder whose adapters/ holds the tiny one."""
+    shutil.copytree(tiny_adapter, tmp_path / "adapters/recites")
+
+    def call(*args, stdin="", **options):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "chat.py"), *args],
+            cwd=tmp_path,
+            env=os.environ | {"XDG_STATE_HOME": str(tmp_path / "state"), "COLUMNS": "100"},
+            input=stdin,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            **options,
+        )
+
+    return call
+
+
+def test_two_questions_two_json_lines(script):
+    done = script("--json", "--num-predict", "5", stdin="q1\nq2\n")
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and done.stderr == ""
+    assert [line["question"] for line in lines] == ["q1", "q2"]
+    for line in lines:
+        assert set(line) == {"model", "question", "answer", "tokens", "seconds", "seed"}
+        assert line["model"] == "recites" and line["tokens"] <= 5
+
+
+def test_json_escapes_what_a_terminal_would_obey(script):
+    done = script("--json", "--temperature", "0", "Hello")
+    assert "\x1b" not in done.stdout and "\x07" not in done.stdout
+    assert json.loads(done.stdout)["answer"] == RECITED
+
+
+def test_one_question_one_answer(script):
+    done = script("--temperature", "0", "Hello")
+    assert (done.returncode, done.stdout, done.stderr) == (0, finetune.clean(RECITED) + "\n", "")
+
+
+def test_comparison_in_a_pipe(script):
+    done = script("--compare", "--temperature", "0", "--num-predict", "30", stdin="Hello\n")
+    base, recited = done.stdout.split("[recites]\n")
+    assert base.startswith("[base]\n") and recited.startswith("# What is covered\n")
+    assert "\x1b" not in done.stdout
+
+
+def test_nothing_to_answer(script):
+    done = script(stdin="\n\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--adapter", "recits", "q"], "did you mean recites"),
+        (["--adapter", "nowhere/at/all", "q"], "neither a folder nor a name"),
+        (["--model", "what is this?", "q"], "hub id like owner/name"),
+        (["--temperature", "9", "q"], "--temperature must be a number from 0 to 2"),
+        (["--num-ctx", "3", "q"], "--num-ctx must be at least 64"),
+        (["--colour", "q"], "--colour"),
+        (["word " * 5000], "the context holds"),
+    ],
+)
+def test_bad_input(script, args, message):
+    done = script(*args)
+    assert done.returncode == 2 and done.stdout == ""
+    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr
+
+
+def test_a_reader_that_leaves_early(script, tmp_path):
+    command = f"{sys.executable} {ROOT / 'chat.py'} --json --num-predict 3 | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        cwd=tmp_path, input="q\n" * 40, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr, len(done.stdout.splitlines())) == (0, "", 1)
+
+
+def test_interrupted(script, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "chat.py"), "--num-predict", "-1", "--num-ctx", "1000", "--model",
+         json.loads((tmp_path / "adapters/recites/run.json").read_text())["model"]["id"], "Anything?"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process.stdout.read(1)  # it has begun to answer
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, b"")
+
+
+def test_help_and_bad_flags_load_nothing_heavy():
+    code = "import sys, chat; chat.main(['--num-ctx', '1']); assert not {'torch', 'prompt_toolkit'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
