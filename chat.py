@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markdown import Markdown
 from rich.table import Table
 from rich.text import Text
@@ -1036,23 +1036,23 @@ def marked(text: str, other: str, plain: bool = False) -> Text:
 
 def side_by_side(answers: list[tuple[str, str, Text]], width: int) -> RenderableType:
     """(head, speed, text) of each model: in columns, or under each other where columns would be narrow."""
-    stacked = width // len(answers) < NARROW
-    table = plain_table(head=not stacked, expand=True)
-    if stacked:
-        table.add_column(ratio=1, overflow="fold")
-        for number, (head, speed, text) in enumerate(answers):
-            table.add_row(Text.assemble("\n" if number else "", (head, "bold"), "  ", (speed, "dim")))
-            table.add_row(text)
+    heads = [Text.assemble((head, "bold"), "  ", (speed, "dim")) for head, speed, _ in answers]
+    texts = [text for *_, text in answers]
+    if width // len(answers) >= NARROW:
+        table = plain_table(expand=True)
+        for _ in answers:
+            table.add_column(ratio=1, overflow="fold")
+        table.add_row(*heads)
+        table.add_row(*texts)
         return table
-    for head, speed, _ in answers:
-        table.add_column(Text.assemble((head, "bold"), "  ", (speed, "dim not bold")), ratio=1, overflow="fold")
-    table.add_row(*(text for _, _, text in answers))
-    return table
+    for text in (*heads, *texts):
+        text.overflow = "fold"
+    return Group(*itertools.chain(*zip(heads, texts, itertools.repeat(""), strict=False)))
 
 
 def speed_of(answer: Answer) -> str:
-    cut = {"num_predict": ", cut at num_predict", "context": ", cut: context full"}.get(answer.stop, "")
-    return f"{answer.tokens} tokens, {answer.tokens_per_second:.0f} tok/s{cut}" if answer.tokens > 1 else ""
+    cut = " (cut)" if answer.stop in ("num_predict", "context") else ""
+    return f"{answer.tokens} tokens{cut}, {answer.tokens_per_second:.0f} tok/s" if answer.tokens > 1 else ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1269,8 +1269,8 @@ class Chat:
         self.greet()
         while not self.leaving:
             try:
-                line = self.session.prompt(">>> ", default=self.typed)
-                self.typed = ""
+                typed, self.typed = self.typed, ""
+                line = self.session.prompt(">>> ", default=typed)
                 if self.loading.done():
                     self.session.refresh_interval = 0
                 self.handle(line)
