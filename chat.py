@@ -1137,11 +1137,20 @@ def make_session(chat: Chat) -> PromptSession:
         complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
         reserve_space_for_menu=6,
         enable_open_in_editor=True,
+        output=plain_output(),
         bottom_toolbar=lambda: chat.toolbar(),
         refresh_interval=0.5,
         style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
     )
     return session
+
+
+def plain_output() -> Any:
+    """For a dumb terminal one that sends no escape sequences; for others None, which is prompt_toolkit's own."""
+    from prompt_toolkit.output.plain_text import PlainTextOutput
+    from prompt_toolkit.utils import is_dumb_terminal
+
+    return PlainTextOutput(sys.stdout) if is_dumb_terminal() else None
 
 
 def make_completer(chat: Chat) -> Any:
@@ -1214,10 +1223,11 @@ class Chat:
 
     def ask(self, question: str) -> str:
         """A question of ours within the chat; Ctrl-C and Ctrl-D are an empty answer."""
-        from prompt_toolkit import prompt
+        from prompt_toolkit import PromptSession
 
+        self.note(question, "none")
         try:
-            return prompt(question).strip()
+            return PromptSession(output=plain_output()).prompt("? ").strip()
         except (KeyboardInterrupt, EOFError):
             return ""
 
@@ -1482,7 +1492,7 @@ class Chat:
             return there[0]
         source = finetune.find_model(adapter.base or None, gpu=False)
         if source.id not in [base.source.id for base in engine.bases]:
-            wanted = self.ask(f"{adapter.name} stands on {source.id}. Load that model too? [y/N] ")
+            wanted = self.ask(f"{adapter.name} stands on {source.id}. Load that model too? [y/N]")
             if wanted.lower() not in ("y", "yes"):
                 return ""
             finetune.fetch_weights(source)
@@ -1545,8 +1555,7 @@ class Chat:
         self.show_partings(answers)
         self.show_nearest(question)
         shown = "  ".join(f"{number}: {name}" for number, name in enumerate(answers, 1))
-        self.note(f"\nGo on with the answer of {shown}  Enter: none", "none")
-        picked = self.ask("? ")
+        picked = self.ask(f"\nGo on with the answer of {shown}  Enter: none")
         if picked in map(str, range(1, len(answers) + 1)):
             self.keep(question, answers, list(answers)[int(picked) - 1], upto)
         elif picked in answers:
@@ -1661,7 +1670,7 @@ class Chat:
         pair = [next(iter(answers)), self.adapter if self.adapter in list(answers)[1:] else list(answers)[1]]
         random.SystemRandom().shuffle(pair)
         self.show_comparison({name: answers[name] for name in pair}, ["A", "B"])
-        vote = self.ask("Which is better? a, b, = (alike), Enter: no vote ").lower()
+        vote = self.ask("Which is better? a, b, = (alike), Enter: no vote").lower()
         if vote not in ("a", "b", "="):
             self.note("No vote")
             return
@@ -1695,7 +1704,7 @@ class Chat:
         return Path(rest.strip("\"'")).expanduser()
 
     def may_write(self, path: Path) -> bool:
-        return not path.exists() or self.ask(f"{path} is there already. Overwrite it? [y/N] ").lower() in ("y", "yes")
+        return not path.exists() or self.ask(f"{path} is there already. Overwrite it? [y/N]").lower() in ("y", "yes")
 
     def do_save(self, rest: str) -> None:
         path = self.path(rest, "/save")

@@ -80,6 +80,15 @@ class Terminal:
         shown = [line for line in self.screen.display if line.strip()]
         return any(line.rstrip() == ">>>" for line in shown[-2:]) and "loading" not in shown[-1]
 
+    def asks(self) -> bool:
+        """The chat waits for the answer to a question of its own."""
+        self.read(0.1)
+        return self.screen.display[self.screen.cursor.y].rstrip() == "?"
+
+    def since(self, text: str) -> str:
+        """What has come on the screen since this was typed."""
+        return self.text[self.text.rindex(text) :]
+
     def type(self, text: str) -> None:
         self.child.send(text)
         self.read(0.15)
@@ -124,6 +133,8 @@ def chat(shared) -> Terminal:
     assert shared.child.isalive(), shared.text
     shared.type(CTRL_C)  # whatever a failed test left there
     shared.wait(shared.prompts)
+    for left in ("talk.json", "talk.md"):
+        (shared.folder / left).unlink(missing_ok=True)
     for line in ("/clear", "/adapter faq-smollm2"):
         shared.line(line)
     return shared
@@ -174,14 +185,13 @@ def test_adapter_and_f2_switch_and_keep_the_conversation(chat):
     saved = json.loads((chat.folder / "talk.json").read_text())
     assert [turn["replies"][0]["model"] for turn in saved["turns"]] == ["faq-smollm2", "base"]
     assert "did you mean faq-smollm2?" in chat.line("/adapter faq-smol")[1]
-    (chat.folder / "talk.json").unlink()
 
 
 def test_compare_then_go_on_with_one(chat):
     chat.type("/compare What is a deductible?\r")
     chat.wait("Go on with the answer of 1: base  2: faq-smollm2  Enter: none")
-    chat.wait(lambda: chat.screen.display[chat.screen.cursor.y].startswith("? "))
-    text = chat.text[chat.text.rindex("/compare") :]
+    chat.wait(chat.asks)
+    text = chat.since("/compare")
     assert re.search(r"base  16 tokens \(cut\), \d+ tok/s.* faq-smollm2  16 tokens \(cut\)", text)
     assert "words that differ are marked" in text and re.search(r"They part at token \d+", text)
     assert re.search(r'  base         "[^"]+" \d+%  "', text)
@@ -195,7 +205,7 @@ def test_compare_then_go_on_with_one(chat):
 
 def test_what_is_typed_after_a_comparison_is_the_next_question(chat):
     chat.type("/compare What is a deductible?\r")
-    chat.wait(lambda: chat.screen.display[chat.screen.cursor.y].startswith("? "))
+    chat.wait(chat.asks)
     chat.type("And who pays it?\r")
     chat.wait(lambda: chat.screen.display[chat.screen.cursor.y].startswith(">>> And who pays it?"))
     chat.type(CTRL_A + CTRL_K)
@@ -205,8 +215,8 @@ def test_nearest_training_question(chat):
     pairs = json.loads((chat.folder / "adapters/faq-smollm2/run.json").read_text())["data"]["files"][0]["path"]
     first = json.loads(open(pairs).read())[0]
     chat.type(f"/compare {first['question']}\r")
-    chat.wait(lambda: chat.screen.display[chat.screen.cursor.y].startswith("? "))
-    text = " ".join(chat.text[chat.text.rindex("/compare") :].split())
+    chat.wait(chat.asks)
+    text = " ".join(chat.since("/compare").split())
     assert f"Nearest question (held out, 100% alike): {first['question']}" in text
     assert f"Its reference answer: {first['answer']}" in text
     chat.type(CTRL_C)
@@ -220,7 +230,6 @@ def test_regen_undo_and_clear(chat):
     chat.line("/export talk.md")
     text = (chat.folder / "talk.md").read_text()
     assert text.count("What is a deductible?") == 1 and "### faq-smollm2 (not chosen)" in text and "### base\n" in text
-    (chat.folder / "talk.md").unlink()
     assert "no model bas is loaded; did you mean base?" in chat.line("/regen bas")[1]
     chat.line("/undo")
     assert "there is no question yet" in chat.line("/undo")[1]
@@ -259,15 +268,14 @@ def test_vote_is_blind_and_tallied(chat):
     votes = chat.folder / "state/faq-finetune/votes.jsonl"
     for count, answer in enumerate(("a", "="), 1):
         chat.type("/vote What is a deductible?\r")
-        chat.wait(lambda: "Which is better?" in chat.screen.display[chat.screen.cursor.y])
-        hidden = chat.text[chat.text.rindex("/vote") :].split("Which is better?")[0]
-        assert re.search(r"^A +B$", hidden, re.MULTILINE)
-        assert not re.search(r"tok/s|%", "\n".join(hidden.split("\n")[:-3])) and "base" not in hidden.split("\nA ")[1].split("\n\n")[0]
+        chat.wait(chat.asks)
+        hidden = chat.since(">>> /vote")
+        assert re.search(r"^A +B$", hidden, re.MULTILINE) and "Which is better?" in hidden
+        assert not re.search(r"tok/s|base|faq-smollm2", hidden)
         chat.type(answer + "\r")
         chat.wait(chat.prompts)
         assert len(votes.read_text().splitlines()) == count
-    text = chat.text[chat.text.rindex("/vote") :]
-    assert re.search(r"Votes so far: base \d, faq-smollm2 \d, alike 1", text)
+    assert re.search(r"Votes so far: base \d, faq-smollm2 \d, alike 1", chat.since(">>> /vote"))
     assert stat.S_IMODE(votes.stat().st_mode) == 0o600
     winner = json.loads(votes.read_text().splitlines()[0])["winner"]
     assert winner in ("SmolLM2-135M-Instruct", "faq-smollm2")
@@ -279,14 +287,14 @@ def test_save_load_and_overwrite(chat):
     before = (chat.folder / "talk.json").read_text()
     chat.line("/clear")
     chat.type("/save talk.json\r")
-    chat.wait("talk.json is there already. Overwrite it? [y/N]")
+    chat.wait(chat.asks)
+    assert "talk.json is there already. Overwrite it? [y/N]" in chat.since("/save")
     chat.type("\r")
     chat.wait(chat.prompts)
     assert (chat.folder / "talk.json").read_text() == before
-    shown = chat.line("/load talk.json")
-    assert "Loaded 1 turns" in shown[1] and "What is a deductible?" in shown[2]
+    chat.line("/load talk.json")
+    assert "Loaded 1 turns" in chat.since("/load") and ">>> What is a deductible?" in chat.since("/load")
     assert re.search(r"prompt +\d+ tokens: \d\d+ from the cache", "\n".join([*chat.line("Why?"), *chat.line("/stats")]))
-    (chat.folder / "talk.json").unlink()
     for line, message in (
         ("/load nowhere.json", "nowhere.json"),
         ("/load notes.txt", "notes.txt: broken JSON"),
@@ -304,7 +312,6 @@ def test_read_goes_with_the_next_question(chat):
     chat.line("/save talk.json")
     turn = json.loads((chat.folder / "talk.json").read_text())["turns"][0]
     assert turn["question"] == "The deductible of the Blue plan is 700 dollars.\n\nWhat is the deductible?"
-    (chat.folder / "talk.json").unlink()
     assert "file(s)" not in chat.screen.display[-1]
 
 
@@ -334,16 +341,17 @@ def test_help_and_unknown_commands(chat):
 
 
 def test_completion(chat):
-    chat.type("/co")
-    chat.type(TAB)
-    chat.wait(lambda: chat.screen.display[chat.screen.cursor.y].startswith(">>> /compare"))
-    chat.type(CTRL_A + CTRL_K + "/adapter faq" + TAB)
-    chat.wait(lambda: chat.screen.display[chat.screen.cursor.y].startswith(">>> /adapter faq-smollm2"))
-    chat.type(CTRL_A + CTRL_K + "/set parameter temp" + TAB)
-    chat.wait(lambda: "/set parameter temperature" in chat.screen.display[chat.screen.cursor.y])
-    chat.type(CTRL_A + CTRL_K + "/read no" + TAB)
-    chat.wait(lambda: chat.screen.display[chat.screen.cursor.y].startswith(">>> /read notes.txt"))
-    chat.type(CTRL_A + CTRL_K)
+    for typed, completed in (
+        ("/comp", "/compare"),
+        ("/adapter faq", "/adapter faq-smollm2"),
+        ("/set parameter temp", "/set parameter temperature"),
+        ("/read no", "/read notes.txt"),
+    ):
+        chat.type(typed)
+        chat.wait(lambda end=completed.split(" ")[-1]: f" {end}" in chat.since(">>>").split("\n", 1)[1])  # the menu
+        chat.type(TAB)
+        chat.wait(lambda line=completed: chat.screen.display[chat.screen.cursor.y].startswith(f">>> {line}"))
+        chat.type(CTRL_A + CTRL_K)
 
 
 def test_several_lines(chat):
@@ -355,26 +363,24 @@ def test_several_lines(chat):
     chat.line("/save talk.json")
     turns = json.loads((chat.folder / "talk.json").read_text())["turns"]
     assert [turn["question"] for turn in turns] == ["first\nsecond", "third\nfourth"]
-    (chat.folder / "talk.json").unlink()
 
 
 def test_paste_of_200_lines(chat):
     pasted = "\n".join(f"line {n}" for n in range(200))
     chat.type("\x1b[200~" + pasted.replace("\n", "\r") + "\x1b[201~")
     chat.read(0.5)
-    assert "faq-smollm2\n" not in chat.text[chat.text.rindex("line 150") :], "nothing is sent before Enter"
+    assert "... line 199" in chat.text and "faq-smollm2\n" not in chat.since("line 199"), "nothing is sent before Enter"
     chat.type("\r")
-    chat.wait(lambda: chat.prompts() and "num_predict" in chat.text[chat.text.rindex("line 199") :])
+    chat.wait(lambda: chat.prompts() and "num_predict" in chat.since("line 199"))
     chat.line("/save talk.json")
     turns = json.loads((chat.folder / "talk.json").read_text())["turns"]
     assert [turn["question"] for turn in turns] == [pasted]
-    (chat.folder / "talk.json").unlink()
 
 
 def test_ctrl_c_while_it_answers_keeps_what_came(chat):
     chat.line("/set num_predict 400")
     chat.type("Tell me a long story about a house.\r")
-    chat.wait(lambda: len(chat.text[chat.text.rindex("long story") :].split()) > 15)
+    chat.wait(lambda: len(chat.since("long story").split()) > 15)
     chat.type(CTRL_C)
     chat.wait("Stopped; what came is kept")
     chat.wait(chat.prompts)
@@ -382,14 +388,13 @@ def test_ctrl_c_while_it_answers_keeps_what_came(chat):
     chat.line("/save talk.json")
     reply = json.loads((chat.folder / "talk.json").read_text())["turns"][0]["replies"][0]
     assert reply["stop"] == "interrupted" and 0 < reply["tokens"] < 400
-    (chat.folder / "talk.json").unlink()
 
 
 def test_ctrl_c_and_an_empty_line_at_the_prompt(chat):
     chat.type("half a question")
     chat.type(CTRL_C)
     chat.wait(chat.prompts)
-    assert "Ctrl-D on an empty line or /bye leaves" in chat.text[chat.text.rindex("half a question") :]
+    assert "Ctrl-D on an empty line or /bye leaves" in chat.since("half a question")
     chat.type("\r\r")
     chat.wait(chat.prompts)
     chat.type("text" + CTRL_D)
@@ -405,7 +410,10 @@ def test_escape_sequences_of_a_model_are_shown_harmless(tiny_chat):
     chat = tiny_chat()
     shown = chat.line("Hello")
     assert shown[1:4] == ["recites", "What is covered", "Your policy pays for two things:"]
-    assert shown[4] == " • fire \N{REPLACEMENT CHARACTER}[31mand\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER} theft"
+    assert (
+        shown[4]
+        == " • fire \N{REPLACEMENT CHARACTER}[31mand\N{REPLACEMENT CHARACTER}]0;owned\N{REPLACEMENT CHARACTER} theft"
+    )
     assert shown[5] == " • hail" and shown[-1] == "That is all."
     assert "\x1b]0;owned" not in chat.raw and "\x1b[31mand" not in chat.raw and chat.screen.title != "owned"
     assert chat.leave() == 0
@@ -435,7 +443,7 @@ def test_resize_while_streaming(tiny_chat):
     chat = tiny_chat("--num-predict", "300", "--adapter", "recites", "--seed", "1", "--temperature", "1")
     chat.line("/adapter base")
     chat.type("Go on and on\r")
-    chat.wait(lambda: len(chat.text[chat.text.rindex("Go on") :].split()) > 10)
+    chat.wait(lambda: len(chat.since("Go on").split()) > 10)
     for width in (60, 44, 100):
         chat.child.setwinsize(40, width)
         chat.screen.resize(40, width)
@@ -448,7 +456,7 @@ def test_resize_while_streaming(tiny_chat):
     chat.child.setwinsize(40, 50)
     chat.screen.resize(40, 50)
     chat.wait("Go on with the answer")
-    text = chat.text[chat.text.rindex("/compare") :]
+    text = chat.since("/compare")
     assert all(len(line) <= 50 for line in text.split("\n"))
 
 
@@ -467,7 +475,7 @@ def test_other_terminals(tiny_chat, width, env):
         assert not [code for code in colours if re.search(r"\b(3[0-7]|9[0-7]|4[0-7]|38|48)\b", code)]
     if "TERM" in env:
         assert "\x1b" not in chat.raw
-        assert "*" in chat.text[chat.text.rindex("/compare") :], "marked without colour"
+        assert "*" in chat.since("/compare"), "marked without colour"
     assert all(len(line) <= width for line in chat.lines)
 
 
@@ -486,12 +494,13 @@ def test_adapter_without_effect_and_second_base(tiny_chat, tiny_model, tiny_adap
     chat = tiny_chat("--adapter", "recites")
     assert "idle has no effect: its logits are the base's" in "\n".join(chat.line("/adapter idle"))
     chat.type("/adapter other\r")
-    chat.wait("Load that model too? [y/N]")
+    chat.wait(chat.asks)
+    assert "Load that model too? [y/N]" in chat.since("/adapter other")
     chat.type("\r")
     chat.wait(chat.prompts)
     assert "other answers" not in chat.text
     chat.type("/adapter other\r")
-    chat.wait(lambda: chat.text.count("[y/N]") == 2)
+    chat.wait(chat.asks)
     chat.type("y\r")
     chat.wait("other answers from now on")
     chat.wait(chat.prompts)
@@ -502,9 +511,10 @@ def test_adapter_without_effect_and_second_base(tiny_chat, tiny_model, tiny_adap
 
 def test_a_full_context_is_said(tiny_chat):
     chat = tiny_chat("--num-ctx", "300")
-    for _ in range(3):
+    for _ in range(6):
         chat.line("Hello")
-    assert re.search(r"context of 300 tokens is full: the .*oldest turns? (is|are) no longer sent", " ".join(chat.text.split()))
+    said = " ".join(chat.text.split())
+    assert re.search(r"context of 300 tokens is full: the .*oldest turns? (is|are) no longer sent", said)
     assert "too long:" in " ".join(chat.line("word " * 300))
 
 
