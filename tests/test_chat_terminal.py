@@ -7,6 +7,7 @@ import shutil
 import stat
 import sys
 import time
+from pathlib import Path
 
 import pexpect
 import pyte
@@ -24,7 +25,7 @@ class Terminal:
         self.screen = pyte.HistoryScreen(width, height, history=3000, ratio=0.5)
         self.screen.write_process_input = lambda text: self.child.send(text)  # prompt_toolkit asks where the cursor is
         self.stream = pyte.Stream(self.screen)
-        self.raw = ""
+        self.raw, self.dumb = "", env.get("TERM") == "dumb"
         environment = {"TERM": "xterm-256color", "XDG_STATE_HOME": str(folder / "state"), "HF_HUB_OFFLINE": "1"}
         inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
         self.child = pexpect.spawn(
@@ -75,10 +76,10 @@ class Terminal:
         return len(self.raw) > before
 
     def prompts(self) -> bool:
-        """The last line above the toolbar is an empty prompt, and the model is there."""
-        self.read(0.15)
-        shown = [line for line in self.screen.display if line.strip()]
-        return any(line.rstrip() == ">>>" for line in shown[-2:]) and "loading" not in shown[-1]
+        """An empty prompt with the toolbar under it (a dumb terminal has none), and the model is there."""
+        self.read(0.1)
+        prompt, *toolbar = [line.rstrip() for line in self.screen.display if line.strip()][-1 if self.dumb else -2 :]
+        return prompt == ">>>" and "loading" not in "".join(toolbar)
 
     def asks(self) -> bool:
         """The chat waits for the answer to a question of its own."""
@@ -213,7 +214,7 @@ def test_what_is_typed_after_a_comparison_is_the_next_question(chat):
 
 def test_nearest_training_question(chat):
     pairs = json.loads((chat.folder / "adapters/faq-smollm2/run.json").read_text())["data"]["files"][0]["path"]
-    first = json.loads(open(pairs).read())[0]
+    first = json.loads(Path(pairs).read_text())[0]
     chat.type(f"/compare {first['question']}\r")
     chat.wait(chat.asks)
     text = " ".join(chat.since("/compare").split())
@@ -348,7 +349,8 @@ def test_completion(chat):
         ("/read no", "/read notes.txt"),
     ):
         chat.type(typed)
-        chat.wait(lambda end=completed.split(" ")[-1]: f" {end}" in chat.since(">>>").split("\n", 1)[1])  # the menu
+        word = completed.split(" ")[-1]
+        chat.wait(lambda word=word: f" {word}" in chat.since(">>>").split("\n", 1)[1])  # the menu is there
         chat.type(TAB)
         chat.wait(lambda line=completed: chat.screen.display[chat.screen.cursor.y].startswith(f">>> {line}"))
         chat.type(CTRL_A + CTRL_K)
@@ -495,7 +497,7 @@ def test_adapter_without_effect_and_second_base(tiny_chat, tiny_model, tiny_adap
     assert "idle has no effect: its logits are the base's" in "\n".join(chat.line("/adapter idle"))
     chat.type("/adapter other\r")
     chat.wait(chat.asks)
-    assert "Load that model too? [y/N]" in chat.since("/adapter other")
+    assert "Load that model too? [y/N]" in " ".join(chat.since("/adapter other").split())
     chat.type("\r")
     chat.wait(chat.prompts)
     assert "other answers" not in chat.text
