@@ -164,7 +164,7 @@ BAD_DATA = {
     "lone surrogate": ("faq.json", '[{"question": "a\\ud800", "answer": "b"}]', [], ["row 1", "U+D800"]),
     "too few rows": ("faq.json", good(5), [], ["faq.json", "5 different rows", "20"]),
     "one question over and over": (
-        "faq.json", json.dumps([{"question": "Why so?", "answer": f"Because {n}."} for n in range(40)]), [], ["near-dup"],
+        "faq.json", json.dumps([{"question": "Why so?", "answer": f"As {n}."} for n in range(40)]), [], ["near-dup"],
     ),
     "no rows": ("faq.json", "[]", [], ["holds no rows"]),
     "empty file": ("faq.jsonl", "", [], ["holds no rows"]),
