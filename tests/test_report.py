@@ -1,12 +1,16 @@
 """The page and the card of a run: what they say, that hostile text stays text, and how the page looks to a browser."""
 
+import contextlib
 import html
 import http.server
 import json
+import os
+import queue
 import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import threading
 from html.parser import HTMLParser
@@ -334,9 +338,9 @@ def test_card_takes_no_markdown_from_names(run):
 
 WIDTHS = (360, 1400)
 # A headless window is at least 500 px wide, so the page stands in frames that are as wide as a phone and a desktop.
-# What they measured is written into this outer page, which Chromium prints.
+# What they measured this outer page sends to the test's own server.
 FRAMES = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,">
-%s<pre id="result"></pre><script>
+%s<script>
 addEventListener("load", () => setTimeout(() => {
   const measured = [...document.querySelectorAll("iframe")].map(frame => {
     const page = frame.contentDocument.documentElement, view = frame.contentWindow;
@@ -352,7 +356,7 @@ addEventListener("load", () => setTimeout(() => {
       drawn: [...page.querySelectorAll(".chart svg")].map(svg => svg.childElementCount),
     };
   });
-  document.getElementById("result").textContent = JSON.stringify(measured);
+  fetch("/measured", {method: "POST", body: JSON.stringify(measured)});
 }, 400));
 </script>"""
 
@@ -360,41 +364,56 @@ addEventListener("load", () => setTimeout(() => {
 class Pages(http.server.BaseHTTPRequestHandler):
     """Serves the page under a policy by which everything that it would load from anywhere is a console error."""
 
-    pages: dict[str, str] = {}  # noqa: RUF012
     policy = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 
     def do_GET(self):
-        body = self.pages.get(self.path)
-        self.send_response(200 if body is not None else 404)
+        page = self.server.pages.get(self.path)
+        self.send_response(404 if page is None else 200)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         if self.path == "/report.html":
             self.send_header("Content-Security-Policy", self.policy)
         self.end_headers()
-        self.wfile.write((body or "").encode())
+        self.wfile.write((page or "").encode())
+
+    def do_POST(self):
+        self.server.measured.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(204)
+        self.end_headers()
 
     def log_message(self, *_):
         pass
 
 
+@contextlib.contextmanager
+def served(page: str):
+    frames = "".join(f'<iframe src="/report.html" width="{w}" height="800" style="border:0"></iframe>' for w in WIDTHS)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pages) as server:
+        server.pages = {"/": FRAMES % frames, "/report.html": page}
+        server.measured = queue.Queue()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
 def chromium(page: str, folder: Path, dark: bool) -> tuple[list[dict], list[str]]:
     """(what each frame measured, console messages) of the page in headless Chromium."""
-    frames = "".join(f'<iframe src="/report.html" width="{w}" height="800" style="border:0"></iframe>' for w in WIDTHS)
-    handler = type("Here", (Pages,), {"pages": {"/": FRAMES % frames, "/report.html": page}})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    flags += " --disable-component-update --disable-sync --disable-dev-shm-usage --enable-logging=stderr"
+    log = folder / "chromium.log"
+    with served(page) as server, log.open("wb") as stderr:
         command = [
-            CHROMIUM, *flags.split(), "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-            f"--user-data-dir={folder / 'profile'}", f"--blink-settings=preferredColorScheme={0 if dark else 1}",
-            "--enable-logging=stderr", "--window-size=1800,1000", "--timeout=20000", "--virtual-time-budget=4000",
-            "--dump-dom", f"http://127.0.0.1:{server.server_port}/",
+            CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", "--window-size=1800,1000",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"http://127.0.0.1:{server.server_port}/",
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        server.shutdown()
-    result = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.S)
-    assert result and result[1], done.stdout[-2000:] + done.stderr[-2000:]
-    console = re.findall(r"CONSOLE[^\]]*\] (.*)", done.stderr)
-    return json.loads(html.unescape(result[1])), console
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
+        try:
+            measured = server.measured.get(timeout=90)
+        except queue.Empty:
+            pytest.fail("Chromium did not show the page:\n" + log.read_text(errors="replace")[-3000:])
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # with its helpers, which a plain kill leaves behind
+            process.wait()
+    return measured, re.findall(r"CONSOLE[^\]]*\] (.*)", log.read_text(errors="replace"))
 
 
 browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (Debian: apt-get install chromium)")
