@@ -27,6 +27,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1766,40 +1767,237 @@ def plot_losses(run: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+# Text directions can be turned by these; a page shows them as a mark instead of reordering what stands around them.
+BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(value: Any) -> Any:
+    """A copy without control characters and without characters that reorder text, in every string inside."""
+    if isinstance(value, str):
+        return BIDI.sub("\N{REPLACEMENT CHARACTER}", clean(value))
+    if isinstance(value, dict):
+        return {harmless(key): harmless(inner) for key, inner in value.items()}
+    return [harmless(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def words_that_differ(text: str, reference: str) -> str:
+    """`text` as safe HTML; its words that the reference does not have, in any place or case, are marked."""
+    from markupsafe import Markup, escape
+
+    def words(of: str) -> list[str]:  # every second piece is a word
+        return re.split(r"(\w+(?:['’]\w+)*)", of)
+
+    def plain(word: str) -> str:
+        return word.casefold().replace("’", "'")
+
+    known = {plain(word) for word in words(reference)[1::2]}
+    pieces = [
+        Markup("<mark>{}</mark>").format(piece) if place % 2 and plain(piece) not in known else escape(piece)
+        for place, piece in enumerate(words(text))
+    ]
+    return Markup("").join(pieces).replace(Markup("</mark> <mark>"), Markup(" "))  # a run of words is one mark
+
+
+def report_page(run: dict, data: Data, name: str) -> str:
+    """report.html: one page that loads nothing, from data/report.html.jinja. Parts that a run lacks are said to be."""
+    from jinja2 import Environment
+
+    ids = {"train_ids": data.train, "eval_ids": data.eval, "test_ids": data.test}
+    split = {key: [row.id for row in rows] for key, rows in ids.items()}
+    run = harmless(run | {"data": split | {"groups": data.groups, "notes": data.notes} | (run.get("data") or {})})
+    page = Environment(autoescape=True)
+    page.filters["words_that_differ"] = words_that_differ
+    samples, regressions = questions_shown(run)
+    return page.from_string((HERE / "data/report.html.jinja").read_text(encoding="utf-8")).render(
+        run=run,
+        title=harmless(name),
+        samples=samples,
+        regressions=regressions,
+        license=base_of(run)[1],
+        command=harmless(command_of(run.get("config") or {})),
+    )
+
+
+def questions_shown(run: dict) -> tuple[list[dict], list[dict]]:
+    """Some of the answered questions, drawn by lot, and those whose right answer lost most; each with its answers."""
+    evaluation = run.get("evaluation") or {}
+    answers = {arm: (evaluation.get(arm) or {}).get("answers") or {} for arm in ("before", "prompted", "after")}
+
+    def with_answers(question: dict) -> dict:
+        return question | {"answers": {arm: texts.get(question["id"]) for arm, texts in answers.items()}}
+
+    def rise(question: dict) -> float:
+        return question["nll"]["after"] - question["nll"]["before"]
+
+    questions = evaluation.get("questions") or []
+    answered = [q for q in questions if q["id"] in answers["after"]]
+    dice = random.Random((run.get("config") or {}).get("seed", 0))
+    drawn = dice.sample(answered, min(SAMPLES_SHOWN, len(answered)))
+    measured = [q for q in questions if {"before", "after"} <= q["nll"].keys() and math.isfinite(rise(q))]
+    worst = sorted(measured, key=rise, reverse=True)[:REGRESSIONS_SHOWN]
+    return [with_answers(q) for q in drawn], [with_answers(q) for q in worst]
+
+
+def command_of(config: dict) -> str:
+    """The flags that make this run again: those that are not the defaults. Its folder exists, so it is not named."""
+    defaults = json.loads(json.dumps(config_as_json(Config())))  # lists, as a file has them
+    words = ["python finetune.py"]
+    config = json.loads(json.dumps(config))
+    for key, value in config.items():
+        if key in ("output_dir", "push_to_hub", "evaluate") or value in (None, False) or value == defaults.get(key):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        # a quoted ~ would not be the home folder
+        quoted = ["~/" + shlex.quote(v[2:]) if v.startswith("~/") else shlex.quote(v) for v in map(str, values)]
+        words.append(" ".join(["--" + key.replace("_", "-"), *quoted]))
+    return " ".join(words)
+
+
+def base_of(run: dict) -> tuple[str, str | None]:
+    """(The base model by its public name, its licence as the hub writes it or None where we do not know it)."""
+    id = str((run.get("model") or {}).get("id") or "unknown")
+    return PUBLIC_NAME.get(id, id), LICENSES.get(id)
+
+
 def model_card(run: dict, name: str) -> str:
-    """README.md of the adapter, with the metadata that the hub reads."""
-    base = PUBLIC_NAME.get(run["model"]["id"], run["model"]["id"])
-    license_of_base = LICENSES.get(run["model"]["id"])
-    evaluation, training, data = run["evaluation"], run["training"], run["data"]
-    files = ", ".join(f"`{Path(file['path']).name}` ({file['rows']} rows)" for file in data["files"])
-    meta = [f"base_model: {base}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []
-    meta += ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, sft, trl]"]
-    meta += [f"license: {license_of_base}"] if license_of_base else []
-    return "\n".join(
-        [
-            "---",
-            *meta,
-            "---",
-            f"# {name}",
-            "",
-            f"A LoRA adapter for {base}, trained on {files}: {len(data['train_ids'])} rows trained, "
-            f"{len(data['eval_ids'])} held out.",
-            "",
-            "| | held-out loss |",
-            "| --- | --- |",
-            f"| before | {evaluation['before']['nll']:.3f} |",
-            f"| after (update {training['best_step']} of {training['steps']}) | {evaluation['after']['nll']:.3f} |",
-            "",
-            "The loss is the mean over the held-out questions of the answer's mean token negative log-likelihood.",
-            "",
-            "## Limits",
-            "A lower loss on held-out answers says that the model writes more like these answers, not that what it says is "
-            "true. Check facts before you rely on them.",
-            "",
-            "## Licence",
-            f"The base model's licence applies: {license_of_base or 'see its own page'}. Settings, data hashes and versions are in run.json.",
-            "",
-        ]
+    """README.md of the adapter: the metadata that the hub reads, and what was measured, good or bad."""
+    import yaml
+
+    run = harmless(run)
+    name = harmless(" ".join(name.split()))
+    base, license_of_base = base_of(run)
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    meta = {"base_model": base, "base_model_relation": "adapter"} if on_hub else {}
+    meta |= {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "sft", "trl", "question-answering"],
+        "license": license_of_base or "unknown",
+    }
+    evaluation, data = run.get("evaluation") or {}, run.get("data") or {}
+    verdict = evaluation.get("verdict") or {"sentence": "Whether tuning helped was not measured."}
+    sentence = verdict["sentence"].rstrip(".")
+    parts = [
+        "---\n" + yaml.safe_dump(meta, sort_keys=False, allow_unicode=True) + "---",
+        f"# {name}",
+        f"A LoRA adapter for {code(base)}, trained on questions and their answers. Measured on questions that it was "
+        "not trained on:",
+        f"**{sentence[:1].upper()}{sentence[1:]}.**",
+        "## Results",
+        results_table(evaluation),
+        "Brackets: 95% interval, bootstrap over groups of near-duplicate questions; when it includes 0, the change "
+        "may be chance. Loss is the mean over questions of an answer's mean token negative log-likelihood, in nats. "
+        "*Told to be brief* is the base model asked for answers as long as these: what asking does without training.",
+        kept_and_copied(evaluation),
+        "## Data and split",
+        data_and_split(data, evaluation, run.get("config") or {}),
+        "## Training",
+        training_in_words(run),
+        "## Limits",
+        "A lower loss and more likeness to reference answers say that the model writes more like these answers, not "
+        "that what it says is true. It was measured on questions of the same kind as it was trained on, with greedy "
+        "decoding and the base in 4 bits; of other use nothing is known. Check facts before you rely on them.",
+        "## Licence",
+        f"Of the base model {code(base)}: {license_of_base or 'not known here, see its own page'}. The adapter is "
+        "bound by it; the licence of the data is its owner's to say.",
+        "Questions with their answers are in `report.html`; all numbers, settings, hashes and versions in `run.json`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def code(text: Any) -> str:
+    """As Markdown's inline code, in which nothing else is Markdown or HTML."""
+    return "`" + " ".join(str(text).replace("`", "'").split()) + "`"
+
+
+def number(value: Any, digits: int, scale: float = 1, sign: str = "", unit: str = "") -> str:
+    measured = isinstance(value, (int, float)) and math.isfinite(value)
+    return f"{value * scale:{sign}.{digits}f}{unit}" if measured else "–"
+
+
+# What the card calls a metric, the factor that it is shown with, decimals, unit
+CARD_METRICS = {
+    "nll": ("loss on the right answers (lower is better)", 1, 3, ""),
+    "ranking_top1": ("right answer picked out of others", 100, 0, "%"),
+    "chrf": ("chrF to the reference, 0 to 100", 1, 1, ""),
+    "rouge_l": ("ROUGE-L to the reference, 0 to 1", 1, 3, ""),
+    "eos_rate": ("answers that come to an end", 100, 0, "%"),
+    "mean_words": ("words in an answer", 1, 0, ""),
+}
+
+
+def results_table(evaluation: dict) -> str:
+    """Markdown: metrics by arms, and the change with its interval."""
+    delta = evaluation.get("delta") or {}
+
+    def change(key: str, scale: float, digits: int) -> str:
+        middle, low, high = (number(v, digits, scale, "+") for v in delta.get(key) or [None] * 3)
+        return f"{middle} [{low}, {high}]" if delta.get(key) else "–"
+
+    lines = ["| | base | base, told to be brief | tuned | change from base |", "| --- |" + " --- |" * 4]
+    for key, (label, scale, digits, unit) in CARD_METRICS.items():
+        if key == "ranking_top1" and evaluation.get("ranking_chance"):
+            label += f" (chance: {number(evaluation['ranking_chance'], 0, 100)}%)"
+        arms = [(evaluation.get(arm) or {}).get(key) for arm in ("before", "prompted", "after")]
+        cells = [number(value, digits, scale, unit=unit) for value in arms]
+        lines.append(f"| {label} | {' | '.join(cells)} | {change(key, scale, digits)} |")
+    if delta.get("chrf_vs_prompted"):
+        lines.append(f"| chrF, tuned less told to be brief | | | | {change('chrf_vs_prompted', 1, 1)} |")
+    return "\n".join(lines)
+
+
+def kept_and_copied(evaluation: dict) -> str:
+    kept, copied = evaluation.get("retention") or {}, evaluation.get("memorization") or {}
+    lines = []
+    if kept:
+        lines.append(
+            f"**What it kept:** the loss on the base model's own answers to {kept.get('prompts', 'some')} general "
+            f"prompts, which have nothing to do with the data, went from {number(kept.get('before'), 3)} to "
+            f"{number(kept.get('after'), 3)} ({number(kept.get('change_percent'), 1, sign='+', unit='%')})."
+        )
+    if copied:
+        lines.append(
+            f"**What it learned by heart:** loss on training answers {number(copied.get('train_nll_before'), 3)} to "
+            f"{number(copied.get('train_nll_after'), 3)}, on held-out ones "
+            f"{number(copied.get('held_out_nll_before'), 3)} to {number(copied.get('held_out_nll_after'), 3)}; "
+            f"{number(copied.get('copied_share'), 0, 100)}% of its answers to held-out questions repeat a training "
+            "answer almost letter by letter."
+        )
+    return "\n\n".join(lines)
+
+
+def data_and_split(data: dict, evaluation: dict, config: dict) -> str:
+    names = [f"{code(Path(file['path']).name)} ({file['rows']} rows)" for file in data.get("files") or []]
+    count = {key: len(data.get(f"{key}_ids") or []) for key in ("train", "eval", "test")}
+    measured = len(evaluation.get("questions") or []) or count["test"] or count["eval"]
+    answered = len((evaluation.get("after") or {}).get("answers") or {})
+    how = "by lot, near-duplicate questions kept on one side"
+    if config.get("split_field"):
+        how = f"as the column {code(config['split_field'])} says"
+    test = data.get("test_ids")
+    one_set = test == data.get("eval_ids") if test else not config.get("split_field")
+    flattered = (
+        "The same held-out rows chose the update that was kept, so the loss after tuning is a little flattered."
+        if one_set
+        else "Other rows than these chose the update that was kept."
+    )
+    return (
+        f"{', '.join(names) or 'Not recorded'}. Split {how}: {count['train']} rows trained on, {measured} held out "
+        f"and measured, {answered} of them also answered; {len(data.get('dropped') or [])} repeated rows dropped. "
+        f"{flattered}"
+    )
+
+
+def training_in_words(run: dict) -> str:
+    training, config, machine = (run.get(key) or {} for key in ("training", "config", "environment"))
+    memory = training.get("peak_vram_gib") or training.get("peak_ram_gib")
+    settings = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "learning rate": "learning_rate"}
+    said = ", ".join(f"{label} {config[key]}" for label, key in settings.items() if config.get(key) is not None)
+    return (
+        f"LoRA on the base in NF4{': ' + said if said else ''}. {training.get('steps', '–')} updates in "
+        f"{number(training.get('seconds'), 0)} s, kept is update {training.get('best_step', '–')}; peak memory "
+        f"{number(memory, 1)} GiB on {code(machine.get('gpu') or machine.get('cpu') or 'an unknown machine')}. "
+        f"Training loss: {number(training.get('first_loss'), 3)} to {number(training.get('last_loss'), 3)}."
     )
 
 
