@@ -1790,7 +1790,8 @@ def model_card(run: dict, name: str) -> str:
     run = harmless(run)
     name = harmless(" ".join(name.split()))
     base, license_of_base = base_of(run)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    model = run.get("model") or {}
+    on_hub = model.get("id") in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
     meta = {"base_model": base, "base_model_relation": "adapter"} if on_hub else {}
     meta |= {
         "library_name": "peft",

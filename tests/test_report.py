@@ -299,10 +299,15 @@ def test_card_has_valid_metadata(run):
     assert ModelCardData(**meta).to_dict() == meta
 
 
-@pytest.mark.parametrize("id", ["~/models/mine", "mine.gguf", HOSTILE])
+@pytest.mark.parametrize("id", ["~/models/mine", "models/mine", "./mine", "mine.gguf", HOSTILE])
 def test_card_of_a_base_that_is_not_on_the_hub(id, run):
     meta = front_matter(model_card(run | {"model": run["model"] | {"id": id}}, "x"))
     assert "base_model" not in meta and meta["license"] == "unknown" and meta["library_name"] == "peft"
+
+
+def test_card_of_a_base_from_the_hub(run):
+    meta = front_matter(model_card(run | {"model": {"id": "Qwen/Qwen3-0.6B", "revision": "c1899de2"}}, "x"))
+    assert meta["base_model"] == "Qwen/Qwen3-0.6B" and meta["license"] == "unknown"
 
 
 def test_card_has_the_results_and_the_limits(run):
