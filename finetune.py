@@ -36,6 +36,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -154,12 +155,24 @@ def parse(argv: list[str] | None = None) -> Config:
     argv = list(sys.argv[1:] if argv is None else argv)
     cli = {"prog": "finetune.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
     config = tyro.cli(Config, args=argv, **cli)
+    if config.evaluate:
+        argv = [*argv, "--evaluate", str(find_run(config.evaluate))]
+        config = dataclasses.replace(config, config=find_run(config.evaluate) / "run.json")
     if config.config:
         config = tyro.cli(Config, args=flags_from_file(config.config) + argv, **cli)
     problems = check_config(config)
     if problems:
         raise BadInput("\n".join(problems))
     return config
+
+
+def find_run(name: Path) -> Path:
+    """--evaluate takes a folder, or a name in adapters/."""
+    found = [path for path in (name.expanduser(), Path("adapters") / name) if (path / "run.json").is_file()]
+    if not found:
+        there = ", ".join(sorted(path.parent.name for path in Path("adapters").glob("*/run.json"))[:10]) or "none yet"
+        raise BadInput(f"--evaluate {name}: no finished run there (no run.json); in adapters/ there are: {there}")
+    return found[0]
 
 
 def flags_from_file(path: Path) -> list[str]:
@@ -271,7 +284,7 @@ class Data:
 def load_data(config: Config) -> Data:
     """Read, check, deduplicate, split. Raises BadInput with every problem of every file."""
     rows, files, notes, problems = [], [], [], []
-    for path in config.data:
+    for path in (path.expanduser() for path in config.data):
         found, file_notes, file_problems = read_file(
             path, config.question_field, config.answer_field, config.split_field
         )
@@ -292,7 +305,9 @@ def load_data(config: Config) -> Data:
         train, held_out, test = given_split(rows, config)
         sides = [{group_of[row.id] for row in side} for side in (train, held_out + test)]
         if torn := len(sides[0] & sides[1]):
-            notes.append(f"{torn} near-duplicate groups stand on both sides of the split that {config.split_field} gives")
+            notes.append(
+                f"{torn} near-duplicate groups stand on both sides of the split that {config.split_field} gives"
+            )
     else:
         train, held_out = split_groups(groups, config.eval_fraction, config.seed)
         test = held_out
@@ -561,6 +576,20 @@ def split_groups(groups: list[list[Row]], eval_fraction: float, seed: int) -> tu
     for group in sorted(groups, key=rank):
         (held_out if len(held_out) + len(group) <= wanted else train).extend(sorted(group, key=lambda row: row.id))
     return train, held_out
+
+
+def saved_split(data: Data, run: dict, where: Path) -> Data:
+    """The split of an earlier run, row by row and in its order. Raises BadInput if rows of it are gone."""
+    rows = {row.id: row for row in data.train + data.eval + data.test}
+    names = {"train": "train_ids", "eval": "eval_ids", "test": "test_ids" if "test_ids" in run["data"] else "eval_ids"}
+    wanted = {side: run["data"][key] for side, key in names.items()}
+    if gone := {row_id for ids in wanted.values() for row_id in ids} - set(rows):
+        files = ", ".join(file["path"] for file in data.files)
+        raise BadInput(
+            f"--evaluate {where}: {len(gone)} of the rows that its run used are not in {files} (or have changed); "
+            "name the files as they were with --data"
+        )
+    return dataclasses.replace(data, **{side: [rows[row_id] for row_id in ids] for side, ids in wanted.items()})
 
 
 def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], list[Row]]:
@@ -936,7 +965,7 @@ def compute_dtype(fp16: bool = False) -> torch.dtype:
 
 
 def load_4bit(source: Source, dtype: torch.dtype, adapter: Path | None = None) -> PreTrainedModel:
-    """The model in NF4 through transformers and bitsandbytes, for reading only: no Unsloth. With an adapter if asked."""
+    """The model in NF4 through transformers and bitsandbytes, for reading only: no Unsloth. `adapter` is a folder."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -985,6 +1014,9 @@ def load_for_training(source: Source, config: Config) -> PreTrainedModel:
 
 
 def add_lora(model: PreTrainedModel, config: Config, source: Source, checkpointing: bool) -> PreTrainedModel:
+    from transformers import set_seed
+
+    set_seed(config.seed)  # LoRA starts the same, however much was measured before
     settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "bias": "none"}
     settings["target_modules"] = list(config.target_modules)
     try:
@@ -1360,10 +1392,13 @@ class Exam:
     train_answers: list[str]
     candidates: list[list[int]]  # for each asked question places in held_out, its own first
     asked: int
+    max_new_tokens: int
     general: list[Example] = dataclasses.field(default_factory=list)  # general prompts with the base's own answers
 
 
-def set_exam(tokenizer: PreTrainedTokenizerBase, data: Data, examples: dict[str, list[Example]], config: Config) -> Exam:
+def set_exam(
+    tokenizer: PreTrainedTokenizerBase, data: Data, examples: dict[str, list[Example]], config: Config
+) -> Exam:
     held_out, train = examples["test"], examples["train"]
     words = round(float(sorted(len(row.answer.split()) for row in data.train)[len(data.train) // 2]), -1) or 10
     briefly = []
@@ -1379,6 +1414,7 @@ def set_exam(tokenizer: PreTrainedTokenizerBase, data: Data, examples: dict[str,
         dice = random.Random(f"{config.seed}:{held_out[place].row.id}")
         candidates.append([place, *dice.sample(others, min(RANKED_AMONG - 1, len(others)))])
     sample = sorted(train, key=lambda e: hashlib.sha256(f"{config.seed}:{e.row.id}".encode()).hexdigest())[:asked]
+    longest = max(len(example.input_ids) - example.prompt_length for example in train)
     return Exam(
         held_out,
         encode(tokenizer, briefly, config.max_length + 64),
@@ -1387,15 +1423,16 @@ def set_exam(tokenizer: PreTrainedTokenizerBase, data: Data, examples: dict[str,
         [row.answer for row in data.train],
         candidates,
         asked,
+        config.max_new_tokens or math.ceil(1.5 * longest),
     )
 
 
 def sit_exam(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, config: Config, briefly: bool = False
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, briefly: bool = False
 ) -> dict[str, list]:
-    """One arm: {metric: a number for each question}, and `answers`, texts. nll covers all questions, the rest `asked`."""
+    """One arm: {metric: a number a question}, and `answers`, texts. nll covers all questions, the rest `asked`."""
     examples = exam.briefly if briefly else exam.held_out
-    answers, ended = greedy_answers(model, tokenizer, examples[: exam.asked], config.max_new_tokens)
+    answers, ended = greedy_answers(model, tokenizer, examples[: exam.asked], exam.max_new_tokens)
     references = [example.row.answer for example in exam.held_out[: exam.asked]]
     return {
         "nll": answer_nll(model, tokenizer, examples),
@@ -1613,6 +1650,43 @@ def compare_arms(arms: dict[str, dict[str, list]], exam: Exam, seed: int) -> dic
     return result
 
 
+def measure_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, seed: int
+) -> tuple[dict[str, dict], dict[str, float]]:
+    """Both arms of the base, and its other losses. Its general answers go into the exam: the tuned model meets them."""
+    exam.general = general_answers(model, tokenizer, seed)
+    arms = {"before": sit_exam(model, tokenizer, exam), "prompted": sit_exam(model, tokenizer, exam, briefly=True)}
+    return arms, other_losses(model, tokenizer, exam)
+
+
+def other_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> dict[str, float]:
+    sides = {"train": exam.train_sample, "general": exam.general}
+    return {side: mean(answer_nll(model, tokenizer, examples)) for side, examples in sides.items()}
+
+
+def weigh(
+    arms: dict[str, dict[str, list]], losses: dict[str, dict[str, float]], exam: Exam, seed: int
+) -> dict[str, Any]:
+    """The `evaluation` part of run.json, from the three arms and the `before` and `after` of other_losses()."""
+    evaluation = compare_arms(arms, exam, seed)
+    before, after = losses["before"], losses["after"]
+    evaluation["retention"] = {
+        "prompts": len(exam.general),
+        "before": before["general"],
+        "after": after["general"],
+        "change_percent": 100 * (after["general"] / before["general"] - 1),
+    }
+    evaluation["memorization"] = {
+        "train_nll_before": before["train"],
+        "train_nll_after": after["train"],
+        "held_out_nll_before": evaluation["before"]["nll"],
+        "held_out_nll_after": evaluation["after"]["nll"],
+        "copied_share": copied_share(arms["after"]["answers"], exam.train_answers),
+    }
+    evaluation["verdict"] = judge(evaluation)
+    return evaluation
+
+
 def judge(evaluation: dict) -> dict[str, str]:
     """The verdict, by rules that the README states. Pure arithmetic on `evaluation`; the sentence names its numbers.
 
@@ -1632,10 +1706,12 @@ def judge(evaluation: dict) -> dict[str, str]:
         label = "no evidence"
     else:
         label = "helped" if ranks and closer else "style only"
+    ranked, ranked_before = 100 * after["ranking_top1"], 100 * before["ranking_top1"]
     sentence = (
-        f"held-out loss {loss:+.2f} [{low:+.2f}, {high:+.2f}]; right answer first for {100 * after['ranking_top1']:.0f}% "
-        f"of the questions ({100 * before['ranking_top1']:.0f}% before, chance {100 * evaluation['ranking_chance']:.0f}%)"
-        f"; chrF {after['chrf']:.1f}, base told to be brief {evaluation['prompted']['chrf']:.1f}; "
+        f"held-out loss {loss:+.2f} [{low:+.2f}, {high:+.2f}]; "
+        f"right answer first for {ranked:.0f}% of the questions ({ranked_before:.0f}% before, "
+        f"chance {100 * evaluation['ranking_chance']:.0f}%); "
+        f"chrF {after['chrf']:.1f}, base told to be brief {evaluation['prompted']['chrf']:.1f}; "
         f"loss on general answers {retention:+.1f}%"
     )
     return {"label": label, "sentence": f"{label}: {sentence}"}
@@ -1659,7 +1735,7 @@ def mean(values: list[float]) -> float:
 # Result: the folder, whole or not at all
 
 
-def save_result(model, tokenizer, run: dict, partial: Path, output: Path) -> None:
+def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: Path) -> None:
     """Write everything beside, then rename: adapters/NAME is complete from the moment it exists."""
     result = partial / "result"
     shutil.rmtree(result, ignore_errors=True)
@@ -2024,24 +2100,47 @@ def show_plan(plan: Plan, config: Config) -> None:
     )
 
 
-def show_result(run: dict, data: Data, output: Path) -> None:
-    before, after, training = run["evaluation"]["before"], run["evaluation"]["after"], run["training"]
-    memory = training["peak_vram_gib"] or training["peak_ram_gib"]
-    table = Table(box=None, padding=(0, 2), show_header=False)
-    table.add_row("held-out loss", f"{before['nll']:.3f} -> {after['nll']:.3f}")
-    table.add_row("training loss", f"{training['first_loss']:.3f} -> {training['last_loss']:.3f}")
-    table.add_row("training time", f"{training['seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s")
-    table.add_row("peak memory", f"{memory:.2f} GiB" + ("" if training["peak_vram_gib"] else " of RAM"))
-    console.print(table)
-    shown = next(row for row in data.eval if row.id in after["answers"])
+def show_result(run: dict, data: Data) -> None:
+    """The numbers, and the first held-out question with its answers: drawn by the split's seed, not picked."""
+    training, evaluation = run["training"], run["evaluation"]
+    memory, where = training["peak_vram_gib"], "of GPU memory"
+    if memory is None:
+        memory, where = training["peak_ram_gib"], "of RAM"
+    show_evaluation(evaluation)
+    say(
+        "Training",
+        f"loss {training['first_loss']:.2f} -> {training['last_loss']:.2f} in {training['seconds']:.0f} s, "
+        f"{training['tokens_per_second']:.0f} tokens/s, {memory:.1f} GiB {where} at most; "
+        f"measuring took {evaluation['seconds']:.0f} s",
+    )
+    shown = evaluation["questions"][0]
     for label, text in (
-        ("Question", shown.question),
-        ("Reference", shown.answer),
-        ("Before", before["answers"][shown.id]),
-        ("After", after["answers"][shown.id]),
+        ("Question", shown["question"]),
+        ("Reference", shown["reference"]),
+        ("Before", evaluation["before"]["answers"][shown["id"]]),
+        ("After", evaluation["after"]["answers"][shown["id"]]),
     ):
         say(label, clean(" ".join(text.split())))
-    say("Saved", f"{output}")
+
+
+def show_evaluation(evaluation: dict) -> None:
+    """Arms x metrics, with the change and its 95% interval."""
+    rows = {  # metric: what a person calls it, factor, format
+        "nll": ("held-out loss", 1, "{:.2f}", "{:+.2f}"),
+        "ranking_top1": ("right answer first", 100, "{:.0f}%", "{:+.0f}"),
+        "chrf": ("chrF", 1, "{:.1f}", "{:+.1f}"),
+        "rouge_l": ("ROUGE-L", 1, "{:.2f}", "{:+.2f}"),
+        "eos_rate": ("comes to an end", 100, "{:.0f}%", "{:+.0f}"),
+        "mean_words": ("words", 1, "{:.0f}", "{:+.0f}"),
+    }
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for head in ("", "base", "told to be brief", "tuned", "change [95%]"):
+        table.add_column(head, justify="right" if head else "left", no_wrap=True)
+    for metric, (name, factor, plain, signed) in rows.items():
+        values = [plain.format(factor * evaluation[arm][metric]) for arm in ("before", "prompted", "after")]
+        middle, low, high = (signed.format(factor * value) for value in evaluation["delta"][metric])
+        table.add_row(f"          {name}", *values, f"{middle} [{low}, {high}]")
+    console.print(table, soft_wrap=not console.is_terminal)
 
 
 @contextlib.contextmanager
@@ -2070,6 +2169,12 @@ def libraries_to_log(path: Path) -> Iterator[None]:
         os.dup2(log.fileno(), 2)
         try:
             yield
+        except (BadInput, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            traceback.print_exc(file=log)
+            error.add_note(f"The traceback is in {path}.")
+            raise
         finally:
             before.flush()
             for number, copy in enumerate(saved, 1):
@@ -2202,7 +2307,7 @@ def run_evaluation(config: Config | None = None) -> dict:
     if not is_main_process():
         console.quiet = True
     data, source = check_data(config)
-    config = settle(config, source.config)
+    config = dataclasses.replace(settle(config, source.config), model=source.id)
     output, partial = choose_output(config, source)
     made = next((path for path in [*[*partial.parents][::-1], partial] if not path.exists()), None)
     partial.mkdir(parents=True, exist_ok=True)
@@ -2213,75 +2318,124 @@ def run_evaluation(config: Config | None = None) -> dict:
         if made and not last_checkpoint(partial):
             shutil.rmtree(made, ignore_errors=True)
         raise
-    except Exception:
-        with (partial / "train.log").open("a", encoding="utf-8") as log:
-            traceback.print_exc(file=log)
-        raise
 
 
 def run_job(config: Config, data: Data, source: Source, output: Path, partial: Path) -> dict:
     started = time.monotonic()
-    if has_gpu():
-        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
-        with console.status("Loading Unsloth"):
-            import unsloth  # noqa: F401  (it patches transformers, trl and peft, so it comes before them)
-    from transformers import set_seed
-
-    tokenizer = load_tokenizer(source.folder, source.id)
-    examples = encode_split(tokenizer, data, config)
-    remember(config, data, partial)
-    limit_memory(config)
+    tokenizer, examples, model = prepare(config, data, source, lambda: remember(config, data, partial))
     memory = free_memory(config)
-    fetch_weights(source)
-    set_seed(config.seed)
-    dtype = compute_dtype(config.fp16)
-
-    def measured(adapter: Path | None, loaded: PreTrainedModel | None) -> dict:
-        """On a GPU the model in training; on a CPU, where loading takes a second, one loaded as its users will."""
-        reader = loaded if has_gpu() else load_4bit(source, dtype, adapter)
-        return evaluate(reader, tokenizer, examples["eval"], config)
-
-    with console.status(f"Loading {source.name}"):
-        model = load_for_training(source, config)
-    machine = environment()
-    why = machine["gpu"] or f"no GPU here; with one: {PUBLIC_NAME[GPU_MODEL].split('/')[1]}"
-    say("Model", f"{source.id} in NF4, {str(dtype).removeprefix('torch.')} compute ({why})")
     plan = make_plan(config, source.config, examples["train"], memory)
-    before = measured(None, model)
+    exam = set_exam(tokenizer, data, examples, config)
+    with clock() as measuring, reading(model, source, config) as reader:
+        arms, base_losses = measure_base(reader, tokenizer, exam, config.seed)
+    before = mean(arms["before"]["nll"])
     model = add_lora(model, config, source, plan.gradient_checkpointing)
     show_lora(model, config)
     show_plan(plan, config)
-    say("Before", f"held-out loss {before['nll']:.3f}")
+    say("Before", f"held-out loss {before:.3f}")
     training = train(model, tokenizer, examples, plan, config, partial)
-    after = measured(partial / "best", model)
+    with clock() as measuring_again, reading(model, source, config, partial / "best") as reader:
+        arms["after"] = sit_exam(reader, tokenizer, exam)
+        losses = {"before": base_losses, "after": other_losses(reader, tokenizer, exam)}
+    evaluation = weigh(arms, losses, exam, config.seed)
+    evaluation["seconds"] = round(measuring.seconds + measuring_again.seconds, 1)
     stopped = f"; stopped early at {training['steps']}" if training["stopped_early"] else ""
-    say("After", f"held-out loss {after['nll']:.3f}, best at update {training['best_step']}{stopped}")
+    say("After", f"held-out loss {evaluation['after']['nll']:.3f}, best at update {training['best_step']}{stopped}")
     run = {
         "status": "complete",
         "config": config_as_json(config),
         "model": {
             "id": source.id,
             "revision": source.revision,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(compute_dtype(config.fp16)).removeprefix("torch."),
             "quantization": "nf4",
         },
         "data": {
             "files": data.files,
             "train_ids": [row.id for row in data.train],
             "eval_ids": [row.id for row in data.eval],
+            **({"test_ids": [row.id for row in data.test]} if config.split_field else {}),
             "dropped": data.dropped,
         },
         "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "plan": {name: getattr(plan, name) for name in PLAN_IN_RUN_JSON},
         "training": training,
-        "evaluation": {"before": before, "after": after},
-        "environment": machine,
+        "evaluation": evaluation,
+        "environment": environment(),
         "seconds": round(time.monotonic() - started, 1),
     }
     if is_main_process():
-        save_result(model, tokenizer, run, partial, output)
-    show_result(run, data, output)
+        save_result(model, tokenizer, run, data, partial, output)
+    show_result(run, data)
+    say("Verdict", evaluation["verdict"]["sentence"])
+    say("Saved", f"{output}   see report.html   talk to it: python chat.py")
     return run | {"output_dir": output}
+
+
+def evaluate_adapter(config: Config) -> dict:
+    """--evaluate: measure base and adapter again on the questions that the adapter's run held out. Writes nothing."""
+    where = config.evaluate
+    run = json.loads((where / "run.json").read_text(encoding="utf-8"))
+    config = dataclasses.replace(config, model=run["model"]["id"])
+    data, source = check_data(config)
+    data = saved_split(data, run, where)
+    log = Path(tempfile.mkstemp(prefix="finetune-", suffix=".log")[1])
+    with libraries_to_log(log):
+        tokenizer, examples, model = prepare(config, data, source)
+        exam = set_exam(tokenizer, data, examples, config)
+        with reading(model, source, config) as reader:
+            arms, base_losses = measure_base(reader, tokenizer, exam, config.seed)
+        if has_gpu():
+            model = add_lora(model, config, source, checkpointing=False)
+            load_best(model, where)
+        with reading(model, source, config, where) as reader:
+            arms["after"] = sit_exam(reader, tokenizer, exam)
+            losses = {"before": base_losses, "after": other_losses(reader, tokenizer, exam)}
+        evaluation = weigh(arms, losses, exam, config.seed)
+    log.unlink()
+    show_evaluation(evaluation)
+    say("Verdict", evaluation["verdict"]["sentence"])
+    return run | {"evaluation": evaluation}
+
+
+def prepare(
+    config: Config, data: Data, source: Source, checked: Callable[[], None] = lambda: None
+) -> tuple[PreTrainedTokenizerBase, dict[str, list[Example]], PreTrainedModel]:
+    """Tokenizer, checked examples, and the 4-bit model as training needs it. `checked` runs before the long part."""
+    if has_gpu():
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
+        with console.status("Loading Unsloth"):
+            import unsloth  # noqa: F401  (it patches transformers, trl and peft, so it comes before them)
+    tokenizer = load_tokenizer(source.folder, source.id)
+    examples = encode_split(tokenizer, data, config)
+    checked()
+    limit_memory(config)
+    fetch_weights(source)
+    with console.status(f"Loading {source.name}"):
+        model = load_for_training(source, config)
+    gpu = environment()["gpu"] or f"no GPU here; with one: {PUBLIC_NAME[GPU_MODEL].split('/')[1]}"
+    dtype = str(compute_dtype(config.fp16)).removeprefix("torch.")
+    say("Model", f"{source.id} in NF4, {dtype} compute ({gpu})")
+    return tokenizer, examples, model
+
+
+@contextlib.contextmanager
+def reading(
+    model: PreTrainedModel, source: Source, config: Config, adapter: Path | None = None
+) -> Iterator[PreTrainedModel]:
+    """The model that is measured. GPU: the one in training, which holds the adapter already. CPU: one loaded as its
+    users will load it, which takes a second there.
+    """
+    with console.status(f"Measuring {'the tuned model' if adapter else source.name}: losses, ranking and answers"):
+        yield model if has_gpu() else load_4bit(source, compute_dtype(config.fp16), adapter)
+
+
+@contextlib.contextmanager
+def clock() -> Iterator[Any]:
+    """`with clock() as measured: ...` leaves measured.seconds."""
+    measured, started = types.SimpleNamespace(seconds=0.0), time.monotonic()
+    yield measured
+    measured.seconds = time.monotonic() - started
 
 
 def limit_memory(config: Config) -> None:
@@ -2350,8 +2504,12 @@ def main(argv: list[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         config = parse(argv)
-        action: Callable = dry_run if config.dry_run else run_evaluation
-        action(config)
+        if config.dry_run:
+            dry_run(config)
+            return 0
+        run = evaluate_adapter(config) if config.evaluate else run_evaluation(config)
+        if config.require_improvement and run["evaluation"]["verdict"]["label"] != "helped":
+            return 3
     except BadInput as problem:
         errors.print(Text(f"finetune.py: {clean(str(problem))}", style="red" if errors.is_terminal else ""))
         return 2
@@ -2361,7 +2519,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         errors.print(f"finetune.py: failed: {type(error).__name__}: {clean(lines[0])}", markup=False)
-        errors.print("The traceback is in train.log of the unfinished run's folder (adapters/*.partial).")
+        for note in getattr(error, "__notes__", []):
+            errors.print(note, markup=False)
         return 1
     return 0
 
