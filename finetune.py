@@ -1743,6 +1743,7 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     model.save_pretrained(result, safe_serialization=True)
     tokenizer.save_pretrained(result)
     (result / "README.md").write_text(model_card(run, output.name), encoding="utf-8")
+    (result / "report.html").write_text(report_page(run, data, output.name), encoding="utf-8")
     plot_losses(run, result / "loss.png")
     (result / "run.json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copy(partial / "train.log", result / "train.log")

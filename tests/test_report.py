@@ -75,7 +75,8 @@ def made_up_arms(exam: Exam) -> dict[str, dict[str, list]]:
 def made_up_evaluation(data: finetune.Data) -> dict:
     held_out = [Example(row, [1, 2, 3], 1) for row in data.test]
     groups = [data.group_of[row.id] for row in data.test]
-    exam = Exam(held_out, held_out, groups, [], [], [list(range(10)) for _ in range(ASKED)], ASKED)
+    candidates = [list(range(10)) for _ in range(ASKED)]
+    exam = Exam(held_out, held_out, groups, [], [], candidates, asked=ASKED, max_new_tokens=100)
     evaluation = compare_arms(made_up_arms(exam), exam, 42)
     evaluation["retention"] = {"prompts": 60, "before": 1.31, "after": 1.34, "change_percent": 2.29}
     evaluation["memorization"] = {
