@@ -1740,6 +1740,7 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     model.save_pretrained(result, safe_serialization=True)
     tokenizer.save_pretrained(result)
     (result / "README.md").write_text(model_card(run, output.name), encoding="utf-8")
+    (result / "report.html").write_text(report_page(run, data, output.name), encoding="utf-8")
     plot_losses(run, result / "loss.png")
     (result / "run.json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copy(partial / "train.log", result / "train.log")
@@ -1863,7 +1864,8 @@ def model_card(run: dict, name: str) -> str:
     run = harmless(run)
     name = harmless(" ".join(name.split()))
     base, license_of_base = base_of(run)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    model = run.get("model") or {}
+    on_hub = model.get("id") in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
     meta = {"base_model": base, "base_model_relation": "adapter"} if on_hub else {}
     meta |= {
         "library_name": "peft",
