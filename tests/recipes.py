@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--eval-values", nargs="+", default=["3"])
     parser.add_argument("--test-values", nargs="+", default=["4"])
     parser.add_argument("--model", default=None)
-    parser.add_argument("--recipes", default="", help="beginnings of names, with commas between; default: all")
+    parser.add_argument("--recipes", default="", help="beginnings of names, with ; between; default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("recipes.jsonl"))
@@ -203,7 +203,7 @@ def main() -> None:
         print(json.dumps(train(args.one[0], int(args.one[1]), args)))
         return
     if not args.table:
-        wanted = [n for n in RECIPES if not args.recipes or n.startswith(tuple(args.recipes.split(",")))]
+        wanted = [n for n in RECIPES if not args.recipes or n.startswith(tuple(args.recipes.split(";")))]
         waiting = [(name, seed) for seed in range(args.seeds) for name in wanted]
         running: list[subprocess.Popen] = []
         with args.out.open("a", encoding="utf-8") as out:
