@@ -78,8 +78,9 @@ class Terminal:
     def prompts(self) -> bool:
         """An empty prompt with the toolbar under it (a dumb terminal has none), and the model is there."""
         self.read(0.1)
-        prompt, *toolbar = [line.rstrip() for line in self.screen.display if line.strip()][-1 if self.dumb else -2 :]
-        return prompt == ">>>" and "loading" not in "".join(toolbar)
+        shown = [line.rstrip() for line in self.screen.display if line.strip()]
+        last = shown[-1:] if self.dumb else shown[-2:]
+        return last[:1] == [">>>"] and len(last) == (1 if self.dumb else 2) and "loading" not in last[-1]
 
     def asks(self) -> bool:
         """The chat waits for the answer to a question of its own."""
