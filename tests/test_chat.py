@@ -250,6 +250,16 @@ def test_adapters_that_cannot_be_read(tiny_adapter, tmp_path, monkeypatch):
     assert chat.find_adapter("recites").base
 
 
+def test_what_run_json_tells(tiny_adapter):
+    def summary(**evaluation):
+        return chat.Adapter(tiny_adapter, "", {"evaluation": evaluation}).summary
+
+    measured = {"before": {"nll": 3.2}, "after": {"nll": 2.1}}
+    assert summary(**measured, verdict={"label": "helped"}) == "helped: held-out loss 3.20 -> 2.10"
+    assert summary(**measured) == "held-out loss 3.20 -> 2.10"
+    assert summary(before=[], verdict="?") == chat.Adapter(tiny_adapter, "", {"evaluation": 7}).summary == ""
+
+
 def test_detokenizer_never_cuts_a_character(tiny_engine):
     tokenizer = tiny_engine.models[BASE].tokenizer
     text = "Grüße, 日本語 and 👩‍🚀!"
