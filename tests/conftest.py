@@ -155,4 +155,4 @@ def embedded_adapter(embedded, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("embedded") / "adapters" / "faq-smollm2"
     folder.parent.mkdir()
     pairs = [(row["question"], row["answer"].split(". ")[0]) for row in rows(12)]
-    return train_adapter(embedded, folder, pairs, 12)
+    return train_adapter(embedded, folder, pairs, 8)

@@ -122,7 +122,7 @@ def shared(embedded_adapter, tmp_path_factory) -> Terminal:
     """One chat with the embedded model for all tests of commands: it starts once."""
     folder = home(tmp_path_factory.mktemp("chat"), embedded_adapter)
     (folder / "notes.txt").write_text("The deductible of the Blue plan is 700 dollars.", encoding="utf-8")
-    terminal = Terminal(folder, "--temperature", "0", "--num-predict", "16")
+    terminal = Terminal(folder, "--temperature", "0", "--num-predict", "10")
     terminal.folder = folder
     terminal.wait(terminal.prompts)
     yield terminal
@@ -166,7 +166,7 @@ def tiny_chat(tiny_adapter, tmp_path):
 def test_question_and_answer(chat):
     shown = chat.line("What is a deductible?")
     assert shown[:2] == [">>> What is a deductible?", "faq-smollm2"] and shown[2].split()
-    assert "Stopped at num_predict 16" in shown[-1]
+    assert "Stopped at num_predict 10" in shown[-1]
     toolbar = chat.screen.display[-1]
     assert re.search(r"faq-smollm2  \d+ tok/s  first token \d\.\d\d s  context \d+ of 4096  F2: base", toolbar), toolbar
 
@@ -194,7 +194,7 @@ def test_compare_then_go_on_with_one(chat):
     chat.wait("Go on with the answer of 1: base  2: faq-smollm2  Enter: none")
     chat.wait(chat.asks)
     text = chat.since("/compare")
-    assert re.search(r"base  16 tokens \(cut\), \d+ tok/s.* faq-smollm2  16 tokens \(cut\)", text)
+    assert re.search(r"base  10 tokens \(cut\), \d+ tok/s.* faq-smollm2  10 tokens \(cut\)", text)
     assert "words that differ are marked" in text and re.search(r"They part at token \d+", text)
     assert re.search(r'  base         "[^"]+" \d+%  "', text)
     chat.type("2\r")
@@ -387,7 +387,7 @@ def test_ctrl_c_while_it_answers_keeps_what_came(chat):
     chat.type(CTRL_C)
     chat.wait("Stopped; what came is kept")
     chat.wait(chat.prompts)
-    chat.line("/set num_predict 16")
+    chat.line("/set num_predict 10")
     chat.line("/save talk.json")
     reply = json.loads((chat.folder / "talk.json").read_text())["turns"][0]["replies"][0]
     assert reply["stop"] == "interrupted" and 0 < reply["tokens"] < 400
