@@ -292,7 +292,9 @@ def load_data(config: Config) -> Data:
         train, held_out, test = given_split(rows, config)
         sides = [{group_of[row.id] for row in side} for side in (train, held_out + test)]
         if torn := len(sides[0] & sides[1]):
-            notes.append(f"{torn} near-duplicate groups stand on both sides of the split that {config.split_field} gives")
+            notes.append(
+                f"{torn} near-duplicate groups stand on both sides of the split that {config.split_field} gives"
+            )
     else:
         train, held_out = split_groups(groups, config.eval_fraction, config.seed)
         test = held_out
@@ -1426,7 +1428,9 @@ class Exam:
     general: list[Example] = dataclasses.field(default_factory=list)  # general prompts with the base's own answers
 
 
-def set_exam(tokenizer: PreTrainedTokenizerBase, data: Data, examples: dict[str, list[Example]], config: Config) -> Exam:
+def set_exam(
+    tokenizer: PreTrainedTokenizerBase, data: Data, examples: dict[str, list[Example]], config: Config
+) -> Exam:
     held_out, train = examples["test"], examples["train"]
     words = round(float(sorted(len(row.answer.split()) for row in data.train)[len(data.train) // 2]), -1) or 10
     briefly = []
