@@ -28,6 +28,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -36,6 +37,7 @@ import tempfile
 import threading
 import time
 import traceback
+import types
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -154,12 +156,24 @@ def parse(argv: list[str] | None = None) -> Config:
     argv = list(sys.argv[1:] if argv is None else argv)
     cli = {"prog": "finetune.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
     config = tyro.cli(Config, args=argv, **cli)
+    if config.evaluate:
+        argv = [*argv, "--evaluate", str(find_run(config.evaluate))]
+        config = dataclasses.replace(config, config=find_run(config.evaluate) / "run.json")
     if config.config:
         config = tyro.cli(Config, args=flags_from_file(config.config) + argv, **cli)
     problems = check_config(config)
     if problems:
         raise BadInput("\n".join(problems))
     return config
+
+
+def find_run(name: Path) -> Path:
+    """--evaluate takes a folder, or a name in adapters/."""
+    found = [path for path in (name.expanduser(), Path("adapters") / name) if (path / "run.json").is_file()]
+    if not found:
+        there = ", ".join(sorted(path.parent.name for path in Path("adapters").glob("*/run.json"))[:10]) or "none yet"
+        raise BadInput(f"--evaluate {name}: no finished run there (no run.json); in adapters/ there are: {there}")
+    return found[0]
 
 
 def flags_from_file(path: Path) -> list[str]:
@@ -271,7 +285,7 @@ class Data:
 def load_data(config: Config) -> Data:
     """Read, check, deduplicate, split. Raises BadInput with every problem of every file."""
     rows, files, notes, problems = [], [], [], []
-    for path in config.data:
+    for path in (path.expanduser() for path in config.data):
         found, file_notes, file_problems = read_file(
             path, config.question_field, config.answer_field, config.split_field
         )
@@ -563,6 +577,20 @@ def split_groups(groups: list[list[Row]], eval_fraction: float, seed: int) -> tu
     for group in sorted(groups, key=rank):
         (held_out if len(held_out) + len(group) <= wanted else train).extend(sorted(group, key=lambda row: row.id))
     return train, held_out
+
+
+def saved_split(data: Data, run: dict, where: Path) -> Data:
+    """The split of an earlier run, row by row and in its order. Raises BadInput if rows of it are gone."""
+    rows = {row.id: row for row in data.train + data.eval + data.test}
+    names = {"train": "train_ids", "eval": "eval_ids", "test": "test_ids" if "test_ids" in run["data"] else "eval_ids"}
+    wanted = {side: run["data"][key] for side, key in names.items()}
+    if gone := {row_id for ids in wanted.values() for row_id in ids} - set(rows):
+        files = ", ".join(file["path"] for file in data.files)
+        raise BadInput(
+            f"--evaluate {where}: {len(gone)} of the rows that its run used are not in {files} (or have changed); "
+            "name the files as they were with --data"
+        )
+    return dataclasses.replace(data, **{side: [rows[row_id] for row_id in ids] for side, ids in wanted.items()})
 
 
 def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], list[Row]]:
@@ -938,7 +966,7 @@ def compute_dtype(fp16: bool = False) -> torch.dtype:
 
 
 def load_4bit(source: Source, dtype: torch.dtype, adapter: Path | None = None) -> PreTrainedModel:
-    """The model in NF4 through transformers and bitsandbytes, for reading only: no Unsloth. With an adapter if asked."""
+    """The model in NF4 through transformers and bitsandbytes, for reading only: no Unsloth. `adapter` is a folder."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -987,6 +1015,9 @@ def load_for_training(source: Source, config: Config) -> PreTrainedModel:
 
 
 def add_lora(model: PreTrainedModel, config: Config, source: Source, checkpointing: bool) -> PreTrainedModel:
+    from transformers import set_seed
+
+    set_seed(config.seed)  # LoRA starts the same, however much was measured before
     settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "bias": "none"}
     settings["target_modules"] = list(config.target_modules)
     try:
@@ -1425,6 +1456,7 @@ class Exam:
     train_answers: list[str]
     candidates: list[list[int]]  # for each asked question places in held_out, its own first
     asked: int
+    max_new_tokens: int
     general: list[Example] = dataclasses.field(default_factory=list)  # general prompts with the base's own answers
 
 
@@ -1446,6 +1478,7 @@ def set_exam(
         dice = random.Random(f"{config.seed}:{held_out[place].row.id}")
         candidates.append([place, *dice.sample(others, min(RANKED_AMONG - 1, len(others)))])
     sample = sorted(train, key=lambda e: hashlib.sha256(f"{config.seed}:{e.row.id}".encode()).hexdigest())[:asked]
+    longest = max(len(example.input_ids) - example.prompt_length for example in train)
     return Exam(
         held_out,
         encode(tokenizer, briefly, config.max_length + 64),
@@ -1454,15 +1487,16 @@ def set_exam(
         [row.answer for row in data.train],
         candidates,
         asked,
+        config.max_new_tokens or math.ceil(1.5 * longest),
     )
 
 
 def sit_exam(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, config: Config, briefly: bool = False
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, briefly: bool = False
 ) -> dict[str, list]:
-    """One arm: {metric: a number for each question}, and `answers`, texts. nll covers all questions, the rest `asked`."""
+    """One arm: {metric: a number a question}, and `answers`, texts. nll covers all questions, the rest `asked`."""
     examples = exam.briefly if briefly else exam.held_out
-    answers, ended = greedy_answers(model, tokenizer, examples[: exam.asked], config.max_new_tokens)
+    answers, ended = greedy_answers(model, tokenizer, examples[: exam.asked], exam.max_new_tokens)
     references = [example.row.answer for example in exam.held_out[: exam.asked]]
     return {
         "nll": answer_nll(model, tokenizer, examples),
@@ -1680,6 +1714,43 @@ def compare_arms(arms: dict[str, dict[str, list]], exam: Exam, seed: int) -> dic
     return result
 
 
+def measure_base(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, seed: int
+) -> tuple[dict[str, dict], dict[str, float]]:
+    """Both arms of the base, and its other losses. Its general answers go into the exam: the tuned model meets them."""
+    exam.general = general_answers(model, tokenizer, seed)
+    arms = {"before": sit_exam(model, tokenizer, exam), "prompted": sit_exam(model, tokenizer, exam, briefly=True)}
+    return arms, other_losses(model, tokenizer, exam)
+
+
+def other_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> dict[str, float]:
+    sides = {"train": exam.train_sample, "general": exam.general}
+    return {side: mean(answer_nll(model, tokenizer, examples)) for side, examples in sides.items()}
+
+
+def weigh(
+    arms: dict[str, dict[str, list]], losses: dict[str, dict[str, float]], exam: Exam, seed: int
+) -> dict[str, Any]:
+    """The `evaluation` part of run.json, from the three arms and the `before` and `after` of other_losses()."""
+    evaluation = compare_arms(arms, exam, seed)
+    before, after = losses["before"], losses["after"]
+    evaluation["retention"] = {
+        "prompts": len(exam.general),
+        "before": before["general"],
+        "after": after["general"],
+        "change_percent": 100 * (after["general"] / before["general"] - 1),
+    }
+    evaluation["memorization"] = {
+        "train_nll_before": before["train"],
+        "train_nll_after": after["train"],
+        "held_out_nll_before": evaluation["before"]["nll"],
+        "held_out_nll_after": evaluation["after"]["nll"],
+        "copied_share": copied_share(arms["after"]["answers"], exam.train_answers),
+    }
+    evaluation["verdict"] = judge(evaluation)
+    return evaluation
+
+
 def judge(evaluation: dict) -> dict[str, str]:
     """The verdict, by rules that the README states. Pure arithmetic on `evaluation`; the sentence names its numbers.
 
@@ -1699,10 +1770,12 @@ def judge(evaluation: dict) -> dict[str, str]:
         label = "no evidence"
     else:
         label = "helped" if ranks and closer else "style only"
+    ranked, ranked_before = 100 * after["ranking_top1"], 100 * before["ranking_top1"]
     sentence = (
-        f"held-out loss {loss:+.2f} [{low:+.2f}, {high:+.2f}]; right answer first for {100 * after['ranking_top1']:.0f}% "
-        f"of the questions ({100 * before['ranking_top1']:.0f}% before, chance {100 * evaluation['ranking_chance']:.0f}%)"
-        f"; chrF {after['chrf']:.1f}, base told to be brief {evaluation['prompted']['chrf']:.1f}; "
+        f"held-out loss {loss:+.2f} [{low:+.2f}, {high:+.2f}]; "
+        f"right answer first for {ranked:.0f}% of the questions ({ranked_before:.0f}% before, "
+        f"chance {100 * evaluation['ranking_chance']:.0f}%); "
+        f"chrF {after['chrf']:.1f}, base told to be brief {evaluation['prompted']['chrf']:.1f}; "
         f"loss on general answers {retention:+.1f}%"
     )
     return {"label": label, "sentence": f"{label}: {sentence}"}
@@ -1726,7 +1799,7 @@ def mean(values: list[float]) -> float:
 # Result: the folder, whole or not at all
 
 
-def save_result(model, tokenizer, run: dict, partial: Path, output: Path) -> None:
+def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: Path) -> None:
     """Write everything beside, then rename: adapters/NAME is complete from the moment it exists."""
     result = partial / "result"
     shutil.rmtree(result, ignore_errors=True)
@@ -1758,40 +1831,237 @@ def plot_losses(run: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+# Text directions can be turned by these; a page shows them as a mark instead of reordering what stands around them.
+BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(value: Any) -> Any:
+    """A copy without control characters and without characters that reorder text, in every string inside."""
+    if isinstance(value, str):
+        return BIDI.sub("\N{REPLACEMENT CHARACTER}", clean(value))
+    if isinstance(value, dict):
+        return {harmless(key): harmless(inner) for key, inner in value.items()}
+    return [harmless(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def words_that_differ(text: str, reference: str) -> str:
+    """`text` as safe HTML; its words that the reference does not have, in any place or case, are marked."""
+    from markupsafe import Markup, escape
+
+    def words(of: str) -> list[str]:  # every second piece is a word
+        return re.split(r"(\w+(?:['’]\w+)*)", of)
+
+    def plain(word: str) -> str:
+        return word.casefold().replace("’", "'")
+
+    known = {plain(word) for word in words(reference)[1::2]}
+    pieces = [
+        Markup("<mark>{}</mark>").format(piece) if place % 2 and plain(piece) not in known else escape(piece)
+        for place, piece in enumerate(words(text))
+    ]
+    return Markup("").join(pieces).replace(Markup("</mark> <mark>"), Markup(" "))  # a run of words is one mark
+
+
+def report_page(run: dict, data: Data, name: str) -> str:
+    """report.html: one page that loads nothing, from data/report.html.jinja. Parts that a run lacks are said to be."""
+    from jinja2 import Environment
+
+    ids = {"train_ids": data.train, "eval_ids": data.eval, "test_ids": data.test}
+    split = {key: [row.id for row in rows] for key, rows in ids.items()}
+    run = harmless(run | {"data": split | {"groups": data.groups, "notes": data.notes} | (run.get("data") or {})})
+    page = Environment(autoescape=True)
+    page.filters["words_that_differ"] = words_that_differ
+    samples, regressions = questions_shown(run)
+    return page.from_string((HERE / "data/report.html.jinja").read_text(encoding="utf-8")).render(
+        run=run,
+        title=harmless(name),
+        samples=samples,
+        regressions=regressions,
+        license=base_of(run)[1],
+        command=harmless(command_of(run.get("config") or {})),
+    )
+
+
+def questions_shown(run: dict) -> tuple[list[dict], list[dict]]:
+    """Some of the answered questions, drawn by lot, and those whose right answer lost most; each with its answers."""
+    evaluation = run.get("evaluation") or {}
+    answers = {arm: (evaluation.get(arm) or {}).get("answers") or {} for arm in ("before", "prompted", "after")}
+
+    def with_answers(question: dict) -> dict:
+        return question | {"answers": {arm: texts.get(question["id"]) for arm, texts in answers.items()}}
+
+    def rise(question: dict) -> float:
+        return question["nll"]["after"] - question["nll"]["before"]
+
+    questions = evaluation.get("questions") or []
+    answered = [q for q in questions if q["id"] in answers["after"]]
+    dice = random.Random((run.get("config") or {}).get("seed", 0))
+    drawn = dice.sample(answered, min(SAMPLES_SHOWN, len(answered)))
+    measured = [q for q in questions if {"before", "after"} <= q["nll"].keys() and math.isfinite(rise(q))]
+    worst = sorted(measured, key=rise, reverse=True)[:REGRESSIONS_SHOWN]
+    return [with_answers(q) for q in drawn], [with_answers(q) for q in worst]
+
+
+def command_of(config: dict) -> str:
+    """The flags that make this run again: those that are not the defaults. Its folder exists, so it is not named."""
+    defaults = json.loads(json.dumps(config_as_json(Config())))  # lists, as a file has them
+    words = ["python finetune.py"]
+    config = json.loads(json.dumps(config))
+    for key, value in config.items():
+        if key in ("output_dir", "push_to_hub", "evaluate") or value in (None, False) or value == defaults.get(key):
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        # a quoted ~ would not be the home folder
+        quoted = ["~/" + shlex.quote(v[2:]) if v.startswith("~/") else shlex.quote(v) for v in map(str, values)]
+        words.append(" ".join(["--" + key.replace("_", "-"), *quoted]))
+    return " ".join(words)
+
+
+def base_of(run: dict) -> tuple[str, str | None]:
+    """(The base model by its public name, its licence as the hub writes it or None where we do not know it)."""
+    id = str((run.get("model") or {}).get("id") or "unknown")
+    return PUBLIC_NAME.get(id, id), LICENSES.get(id)
+
+
 def model_card(run: dict, name: str) -> str:
-    """README.md of the adapter, with the metadata that the hub reads."""
-    base = PUBLIC_NAME.get(run["model"]["id"], run["model"]["id"])
-    license_of_base = LICENSES.get(run["model"]["id"])
-    evaluation, training, data = run["evaluation"], run["training"], run["data"]
-    files = ", ".join(f"`{Path(file['path']).name}` ({file['rows']} rows)" for file in data["files"])
-    meta = [f"base_model: {base}"] if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else []
-    meta += ["library_name: peft", "pipeline_tag: text-generation", "tags: [lora, sft, trl]"]
-    meta += [f"license: {license_of_base}"] if license_of_base else []
-    return "\n".join(
-        [
-            "---",
-            *meta,
-            "---",
-            f"# {name}",
-            "",
-            f"A LoRA adapter for {base}, trained on {files}: {len(data['train_ids'])} rows trained, "
-            f"{len(data['eval_ids'])} held out.",
-            "",
-            "| | held-out loss |",
-            "| --- | --- |",
-            f"| before | {evaluation['before']['nll']:.3f} |",
-            f"| after (update {training['best_step']} of {training['steps']}) | {evaluation['after']['nll']:.3f} |",
-            "",
-            "The loss is the mean over the held-out questions of the answer's mean token negative log-likelihood.",
-            "",
-            "## Limits",
-            "A lower loss on held-out answers says that the model writes more like these answers, not that what it says is "
-            "true. Check facts before you rely on them.",
-            "",
-            "## Licence",
-            f"The base model's licence applies: {license_of_base or 'see its own page'}. Settings, data hashes and versions are in run.json.",
-            "",
-        ]
+    """README.md of the adapter: the metadata that the hub reads, and what was measured, good or bad."""
+    import yaml
+
+    run = harmless(run)
+    name = harmless(" ".join(name.split()))
+    base, license_of_base = base_of(run)
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    meta = {"base_model": base, "base_model_relation": "adapter"} if on_hub else {}
+    meta |= {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "sft", "trl", "question-answering"],
+        "license": license_of_base or "unknown",
+    }
+    evaluation, data = run.get("evaluation") or {}, run.get("data") or {}
+    verdict = evaluation.get("verdict") or {"sentence": "Whether tuning helped was not measured."}
+    sentence = verdict["sentence"].rstrip(".")
+    parts = [
+        "---\n" + yaml.safe_dump(meta, sort_keys=False, allow_unicode=True) + "---",
+        f"# {name}",
+        f"A LoRA adapter for {code(base)}, trained on questions and their answers. Measured on questions that it was "
+        "not trained on:",
+        f"**{sentence[:1].upper()}{sentence[1:]}.**",
+        "## Results",
+        results_table(evaluation),
+        "Brackets: 95% interval, bootstrap over groups of near-duplicate questions; when it includes 0, the change "
+        "may be chance. Loss is the mean over questions of an answer's mean token negative log-likelihood, in nats. "
+        "*Told to be brief* is the base model asked for answers as long as these: what asking does without training.",
+        kept_and_copied(evaluation),
+        "## Data and split",
+        data_and_split(data, evaluation, run.get("config") or {}),
+        "## Training",
+        training_in_words(run),
+        "## Limits",
+        "A lower loss and more likeness to reference answers say that the model writes more like these answers, not "
+        "that what it says is true. It was measured on questions of the same kind as it was trained on, with greedy "
+        "decoding and the base in 4 bits; of other use nothing is known. Check facts before you rely on them.",
+        "## Licence",
+        f"Of the base model {code(base)}: {license_of_base or 'not known here, see its own page'}. The adapter is "
+        "bound by it; the licence of the data is its owner's to say.",
+        "Questions with their answers are in `report.html`; all numbers, settings, hashes and versions in `run.json`.",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def code(text: Any) -> str:
+    """As Markdown's inline code, in which nothing else is Markdown or HTML."""
+    return "`" + " ".join(str(text).replace("`", "'").split()) + "`"
+
+
+def number(value: Any, digits: int, scale: float = 1, sign: str = "", unit: str = "") -> str:
+    measured = isinstance(value, (int, float)) and math.isfinite(value)
+    return f"{value * scale:{sign}.{digits}f}{unit}" if measured else "–"
+
+
+# What the card calls a metric, the factor that it is shown with, decimals, unit
+CARD_METRICS = {
+    "nll": ("loss on the right answers (lower is better)", 1, 3, ""),
+    "ranking_top1": ("right answer picked out of others", 100, 0, "%"),
+    "chrf": ("chrF to the reference, 0 to 100", 1, 1, ""),
+    "rouge_l": ("ROUGE-L to the reference, 0 to 1", 1, 3, ""),
+    "eos_rate": ("answers that come to an end", 100, 0, "%"),
+    "mean_words": ("words in an answer", 1, 0, ""),
+}
+
+
+def results_table(evaluation: dict) -> str:
+    """Markdown: metrics by arms, and the change with its interval."""
+    delta = evaluation.get("delta") or {}
+
+    def change(key: str, scale: float, digits: int) -> str:
+        middle, low, high = (number(v, digits, scale, "+") for v in delta.get(key) or [None] * 3)
+        return f"{middle} [{low}, {high}]" if delta.get(key) else "–"
+
+    lines = ["| | base | base, told to be brief | tuned | change from base |", "| --- |" + " --- |" * 4]
+    for key, (label, scale, digits, unit) in CARD_METRICS.items():
+        if key == "ranking_top1" and evaluation.get("ranking_chance"):
+            label += f" (chance: {number(evaluation['ranking_chance'], 0, 100)}%)"
+        arms = [(evaluation.get(arm) or {}).get(key) for arm in ("before", "prompted", "after")]
+        cells = [number(value, digits, scale, unit=unit) for value in arms]
+        lines.append(f"| {label} | {' | '.join(cells)} | {change(key, scale, digits)} |")
+    if delta.get("chrf_vs_prompted"):
+        lines.append(f"| chrF, tuned less told to be brief | | | | {change('chrf_vs_prompted', 1, 1)} |")
+    return "\n".join(lines)
+
+
+def kept_and_copied(evaluation: dict) -> str:
+    kept, copied = evaluation.get("retention") or {}, evaluation.get("memorization") or {}
+    lines = []
+    if kept:
+        lines.append(
+            f"**What it kept:** the loss on the base model's own answers to {kept.get('prompts', 'some')} general "
+            f"prompts, which have nothing to do with the data, went from {number(kept.get('before'), 3)} to "
+            f"{number(kept.get('after'), 3)} ({number(kept.get('change_percent'), 1, sign='+', unit='%')})."
+        )
+    if copied:
+        lines.append(
+            f"**What it learned by heart:** loss on training answers {number(copied.get('train_nll_before'), 3)} to "
+            f"{number(copied.get('train_nll_after'), 3)}, on held-out ones "
+            f"{number(copied.get('held_out_nll_before'), 3)} to {number(copied.get('held_out_nll_after'), 3)}; "
+            f"{number(copied.get('copied_share'), 0, 100)}% of its answers to held-out questions repeat a training "
+            "answer almost letter by letter."
+        )
+    return "\n\n".join(lines)
+
+
+def data_and_split(data: dict, evaluation: dict, config: dict) -> str:
+    names = [f"{code(Path(file['path']).name)} ({file['rows']} rows)" for file in data.get("files") or []]
+    count = {key: len(data.get(f"{key}_ids") or []) for key in ("train", "eval", "test")}
+    measured = len(evaluation.get("questions") or []) or count["test"] or count["eval"]
+    answered = len((evaluation.get("after") or {}).get("answers") or {})
+    how = "by lot, near-duplicate questions kept on one side"
+    if config.get("split_field"):
+        how = f"as the column {code(config['split_field'])} says"
+    test = data.get("test_ids")
+    one_set = test == data.get("eval_ids") if test else not config.get("split_field")
+    flattered = (
+        "The same held-out rows chose the update that was kept, so the loss after tuning is a little flattered."
+        if one_set
+        else "Other rows than these chose the update that was kept."
+    )
+    return (
+        f"{', '.join(names) or 'Not recorded'}. Split {how}: {count['train']} rows trained on, {measured} held out "
+        f"and measured, {answered} of them also answered; {len(data.get('dropped') or [])} repeated rows dropped. "
+        f"{flattered}"
+    )
+
+
+def training_in_words(run: dict) -> str:
+    training, config, machine = (run.get(key) or {} for key in ("training", "config", "environment"))
+    memory = training.get("peak_vram_gib") or training.get("peak_ram_gib")
+    settings = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "learning rate": "learning_rate"}
+    said = ", ".join(f"{label} {config[key]}" for label, key in settings.items() if config.get(key) is not None)
+    return (
+        f"LoRA on the base in NF4{': ' + said if said else ''}. {training.get('steps', '–')} updates in "
+        f"{number(training.get('seconds'), 0)} s, kept is update {training.get('best_step', '–')}; peak memory "
+        f"{number(memory, 1)} GiB on {code(machine.get('gpu') or machine.get('cpu') or 'an unknown machine')}. "
+        f"Training loss: {number(training.get('first_loss'), 3)} to {number(training.get('last_loss'), 3)}."
     )
 
 
@@ -1893,24 +2163,47 @@ def show_plan(plan: Plan, config: Config) -> None:
     )
 
 
-def show_result(run: dict, data: Data, output: Path) -> None:
-    before, after, training = run["evaluation"]["before"], run["evaluation"]["after"], run["training"]
-    memory = training["peak_vram_gib"] or training["peak_ram_gib"]
-    table = Table(box=None, padding=(0, 2), show_header=False)
-    table.add_row("held-out loss", f"{before['nll']:.3f} -> {after['nll']:.3f}")
-    table.add_row("training loss", f"{training['first_loss']:.3f} -> {training['last_loss']:.3f}")
-    table.add_row("training time", f"{training['seconds']:.0f} s, {training['tokens_per_second']:.0f} tokens/s")
-    table.add_row("peak memory", f"{memory:.2f} GiB" + ("" if training["peak_vram_gib"] else " of RAM"))
-    console.print(table)
-    shown = next(row for row in data.eval if row.id in after["answers"])
+def show_result(run: dict, data: Data) -> None:
+    """The numbers, and the first held-out question with its answers: drawn by the split's seed, not picked."""
+    training, evaluation = run["training"], run["evaluation"]
+    memory, where = training["peak_vram_gib"], "of GPU memory"
+    if memory is None:
+        memory, where = training["peak_ram_gib"], "of RAM"
+    show_evaluation(evaluation)
+    say(
+        "Training",
+        f"loss {training['first_loss']:.2f} -> {training['last_loss']:.2f} in {training['seconds']:.0f} s, "
+        f"{training['tokens_per_second']:.0f} tokens/s, {memory:.1f} GiB {where} at most; "
+        f"measuring took {evaluation['seconds']:.0f} s",
+    )
+    shown = evaluation["questions"][0]
     for label, text in (
-        ("Question", shown.question),
-        ("Reference", shown.answer),
-        ("Before", before["answers"][shown.id]),
-        ("After", after["answers"][shown.id]),
+        ("Question", shown["question"]),
+        ("Reference", shown["reference"]),
+        ("Before", evaluation["before"]["answers"][shown["id"]]),
+        ("After", evaluation["after"]["answers"][shown["id"]]),
     ):
         say(label, clean(" ".join(text.split())))
-    say("Saved", f"{output}")
+
+
+def show_evaluation(evaluation: dict) -> None:
+    """Arms x metrics, with the change and its 95% interval."""
+    rows = {  # metric: what a person calls it, factor, format
+        "nll": ("held-out loss", 1, "{:.2f}", "{:+.2f}"),
+        "ranking_top1": ("right answer first", 100, "{:.0f}%", "{:+.0f}"),
+        "chrf": ("chrF", 1, "{:.1f}", "{:+.1f}"),
+        "rouge_l": ("ROUGE-L", 1, "{:.2f}", "{:+.2f}"),
+        "eos_rate": ("comes to an end", 100, "{:.0f}%", "{:+.0f}"),
+        "mean_words": ("words", 1, "{:.0f}", "{:+.0f}"),
+    }
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
+    for head in ("", "base", "told to be brief", "tuned", "change [95%]"):
+        table.add_column(head, justify="right" if head else "left", no_wrap=True)
+    for metric, (name, factor, plain, signed) in rows.items():
+        values = [plain.format(factor * evaluation[arm][metric]) for arm in ("before", "prompted", "after")]
+        middle, low, high = (signed.format(factor * value) for value in evaluation["delta"][metric])
+        table.add_row(f"          {name}", *values, f"{middle} [{low}, {high}]")
+    console.print(table, soft_wrap=not console.is_terminal)
 
 
 @contextlib.contextmanager
@@ -1939,6 +2232,12 @@ def libraries_to_log(path: Path) -> Iterator[None]:
         os.dup2(log.fileno(), 2)
         try:
             yield
+        except (BadInput, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            traceback.print_exc(file=log)
+            error.add_note(f"The traceback is in {path}.")
+            raise
         finally:
             before.flush()
             for number, copy in enumerate(saved, 1):
@@ -2071,7 +2370,7 @@ def run_evaluation(config: Config | None = None) -> dict:
     if not is_main_process():
         console.quiet = True
     data, source = check_data(config)
-    config = settle(config, source.config)
+    config = dataclasses.replace(settle(config, source.config), model=source.id)
     output, partial = choose_output(config, source)
     made = next((path for path in [*[*partial.parents][::-1], partial] if not path.exists()), None)
     partial.mkdir(parents=True, exist_ok=True)
@@ -2082,75 +2381,124 @@ def run_evaluation(config: Config | None = None) -> dict:
         if made and not last_checkpoint(partial):
             shutil.rmtree(made, ignore_errors=True)
         raise
-    except Exception:
-        with (partial / "train.log").open("a", encoding="utf-8") as log:
-            traceback.print_exc(file=log)
-        raise
 
 
 def run_job(config: Config, data: Data, source: Source, output: Path, partial: Path) -> dict:
     started = time.monotonic()
-    if has_gpu():
-        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
-        with console.status("Loading Unsloth"):
-            import unsloth  # noqa: F401  (it patches transformers, trl and peft, so it comes before them)
-    from transformers import set_seed
-
-    tokenizer = load_tokenizer(source.folder, source.id)
-    examples = encode_split(tokenizer, data, config)
-    remember(config, data, partial)
-    limit_memory(config)
+    tokenizer, examples, model = prepare(config, data, source, lambda: remember(config, data, partial))
     memory = free_memory(config)
-    fetch_weights(source)
-    set_seed(config.seed)
-    dtype = compute_dtype(config.fp16)
-
-    def measured(adapter: Path | None, loaded: PreTrainedModel | None) -> dict:
-        """On a GPU the model in training; on a CPU, where loading takes a second, one loaded as its users will."""
-        reader = loaded if has_gpu() else load_4bit(source, dtype, adapter)
-        return evaluate(reader, tokenizer, examples["eval"], config)
-
-    with console.status(f"Loading {source.name}"):
-        model = load_for_training(source, config)
-    machine = environment()
-    why = machine["gpu"] or f"no GPU here; with one: {PUBLIC_NAME[GPU_MODEL].split('/')[1]}"
-    say("Model", f"{source.id} in NF4, {str(dtype).removeprefix('torch.')} compute ({why})")
     plan = make_plan(config, source.config, examples["train"], memory)
-    before = measured(None, model)
+    exam = set_exam(tokenizer, data, examples, config)
+    with clock() as measuring, reading(model, source, config) as reader:
+        arms, base_losses = measure_base(reader, tokenizer, exam, config.seed)
+    before = mean(arms["before"]["nll"])
     model = add_lora(model, config, source, plan.gradient_checkpointing)
     show_lora(model, config)
     show_plan(plan, config)
-    say("Before", f"held-out loss {before['nll']:.3f}")
+    say("Before", f"held-out loss {before:.3f}")
     training = train(model, tokenizer, examples, plan, config, partial)
-    after = measured(partial / "best", model)
+    with clock() as measuring_again, reading(model, source, config, partial / "best") as reader:
+        arms["after"] = sit_exam(reader, tokenizer, exam)
+        losses = {"before": base_losses, "after": other_losses(reader, tokenizer, exam)}
+    evaluation = weigh(arms, losses, exam, config.seed)
+    evaluation["seconds"] = round(measuring.seconds + measuring_again.seconds, 1)
     stopped = f"; stopped early at {training['steps']}" if training["stopped_early"] else ""
-    say("After", f"held-out loss {after['nll']:.3f}, best at update {training['best_step']}{stopped}")
+    say("After", f"held-out loss {evaluation['after']['nll']:.3f}, best at update {training['best_step']}{stopped}")
     run = {
         "status": "complete",
         "config": config_as_json(config),
         "model": {
             "id": source.id,
             "revision": source.revision,
-            "dtype": str(dtype).removeprefix("torch."),
+            "dtype": str(compute_dtype(config.fp16)).removeprefix("torch."),
             "quantization": "nf4",
         },
         "data": {
             "files": data.files,
             "train_ids": [row.id for row in data.train],
             "eval_ids": [row.id for row in data.eval],
+            **({"test_ids": [row.id for row in data.test]} if config.split_field else {}),
             "dropped": data.dropped,
         },
         "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "plan": {name: getattr(plan, name) for name in PLAN_IN_RUN_JSON},
         "training": training,
-        "evaluation": {"before": before, "after": after},
-        "environment": machine,
+        "evaluation": evaluation,
+        "environment": environment(),
         "seconds": round(time.monotonic() - started, 1),
     }
     if is_main_process():
-        save_result(model, tokenizer, run, partial, output)
-    show_result(run, data, output)
+        save_result(model, tokenizer, run, data, partial, output)
+    show_result(run, data)
+    say("Verdict", evaluation["verdict"]["sentence"])
+    say("Saved", f"{output}   see report.html   talk to it: python chat.py")
     return run | {"output_dir": output}
+
+
+def evaluate_adapter(config: Config) -> dict:
+    """--evaluate: measure base and adapter again on the questions that the adapter's run held out. Writes nothing."""
+    where = config.evaluate
+    run = json.loads((where / "run.json").read_text(encoding="utf-8"))
+    config = dataclasses.replace(config, model=run["model"]["id"])
+    data, source = check_data(config)
+    data = saved_split(data, run, where)
+    log = Path(tempfile.mkstemp(prefix="finetune-", suffix=".log")[1])
+    with libraries_to_log(log):
+        tokenizer, examples, model = prepare(config, data, source)
+        exam = set_exam(tokenizer, data, examples, config)
+        with reading(model, source, config) as reader:
+            arms, base_losses = measure_base(reader, tokenizer, exam, config.seed)
+        if has_gpu():
+            model = add_lora(model, config, source, checkpointing=False)
+            load_best(model, where)
+        with reading(model, source, config, where) as reader:
+            arms["after"] = sit_exam(reader, tokenizer, exam)
+            losses = {"before": base_losses, "after": other_losses(reader, tokenizer, exam)}
+        evaluation = weigh(arms, losses, exam, config.seed)
+    log.unlink()
+    show_evaluation(evaluation)
+    say("Verdict", evaluation["verdict"]["sentence"])
+    return run | {"evaluation": evaluation}
+
+
+def prepare(
+    config: Config, data: Data, source: Source, checked: Callable[[], None] = lambda: None
+) -> tuple[PreTrainedTokenizerBase, dict[str, list[Example]], PreTrainedModel]:
+    """Tokenizer, checked examples, and the 4-bit model as training needs it. `checked` runs before the long part."""
+    if has_gpu():
+        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
+        with console.status("Loading Unsloth"):
+            import unsloth  # noqa: F401  (it patches transformers, trl and peft, so it comes before them)
+    tokenizer = load_tokenizer(source.folder, source.id)
+    examples = encode_split(tokenizer, data, config)
+    checked()
+    limit_memory(config)
+    fetch_weights(source)
+    with console.status(f"Loading {source.name}"):
+        model = load_for_training(source, config)
+    gpu = environment()["gpu"] or f"no GPU here; with one: {PUBLIC_NAME[GPU_MODEL].split('/')[1]}"
+    dtype = str(compute_dtype(config.fp16)).removeprefix("torch.")
+    say("Model", f"{source.id} in NF4, {dtype} compute ({gpu})")
+    return tokenizer, examples, model
+
+
+@contextlib.contextmanager
+def reading(
+    model: PreTrainedModel, source: Source, config: Config, adapter: Path | None = None
+) -> Iterator[PreTrainedModel]:
+    """The model that is measured. GPU: the one in training, which holds the adapter already. CPU: one loaded as its
+    users will load it, which takes a second there.
+    """
+    with console.status(f"Measuring {'the tuned model' if adapter else source.name}: losses, ranking and answers"):
+        yield model if has_gpu() else load_4bit(source, compute_dtype(config.fp16), adapter)
+
+
+@contextlib.contextmanager
+def clock() -> Iterator[Any]:
+    """`with clock() as measured: ...` leaves measured.seconds."""
+    measured, started = types.SimpleNamespace(seconds=0.0), time.monotonic()
+    yield measured
+    measured.seconds = time.monotonic() - started
 
 
 def limit_memory(config: Config) -> None:
@@ -2219,8 +2567,12 @@ def main(argv: list[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         config = parse(argv)
-        action: Callable = dry_run if config.dry_run else run_evaluation
-        action(config)
+        if config.dry_run:
+            dry_run(config)
+            return 0
+        run = evaluate_adapter(config) if config.evaluate else run_evaluation(config)
+        if config.require_improvement and run["evaluation"]["verdict"]["label"] != "helped":
+            return 3
     except BadInput as problem:
         errors.print(Text(f"finetune.py: {clean(str(problem))}", style="red" if errors.is_terminal else ""))
         return 2
@@ -2230,7 +2582,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         errors.print(f"finetune.py: failed: {type(error).__name__}: {clean(lines[0])}", markup=False)
-        errors.print("The traceback is in train.log of the unfinished run's folder (adapters/*.partial).")
+        for note in getattr(error, "__notes__", []):
+            errors.print(note, markup=False)
         return 1
     return 0
 

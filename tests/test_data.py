@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, rows
+from rapidfuzz import fuzz, process
 
 import finetune
 from finetune import BadInput, Config, load_data
@@ -139,6 +141,18 @@ def test_sample_data_is_what_its_readme_says():
     assert "What is comprehensive auto insurance?" in {row["question"] for row in table}  # the seed's example
 
 
+def test_general_prompts_are_about_other_things():
+    prompts = json.loads((ROOT / "data/general_prompts.json").read_text(encoding="utf-8"))
+    assert 50 <= len(prompts) <= 80 and len(set(prompts)) == len(prompts)
+    assert all(isinstance(text, str) and 20 < len(text) < 300 and not finetune.CONTROL.search(text) for text in prompts)
+    of_the_data = re.compile("insur|premium|deductib|coverage|policy|liabilit|claims|mortgage|annuit", re.I)
+    assert not [text for text in prompts if of_the_data.search(text)]
+    questions = [row["question"] for row in rows(1000)]
+    assert len([q for q in questions if of_the_data.search(q)]) > len(questions) / 2  # the words do tell them apart
+    alike = process.cdist(prompts, prompts, scorer=fuzz.token_sort_ratio)
+    assert (alike >= finetune.ALIKE_WHOLE).sum() == len(prompts)  # each like itself only
+
+
 def good(count=30) -> str:
     return json.dumps(rows(count))
 
@@ -164,7 +178,7 @@ BAD_DATA = {
     "lone surrogate": ("faq.json", '[{"question": "a\\ud800", "answer": "b"}]', [], ["row 1", "U+D800"]),
     "too few rows": ("faq.json", good(5), [], ["faq.json", "5 different rows", "20"]),
     "one question over and over": (
-        "faq.json", json.dumps([{"question": "Why so?", "answer": f"Because {n}."} for n in range(40)]), [], ["near-dup"],
+        "faq.json", json.dumps([{"question": "Why so?", "answer": f"It is {n}."} for n in range(40)]), [], ["near-dup"],
     ),
     "no rows": ("faq.json", "[]", [], ["holds no rows"]),
     "empty file": ("faq.jsonl", "", [], ["holds no rows"]),
