@@ -432,6 +432,7 @@ class Quick:
         self.scaling: dict[str, dict[int, float]] = {}
         self.strength: dict[str, float] = {}
         self.graphs = self.device.type == "cuda"
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a prompt
         self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     @classmethod

@@ -967,21 +967,21 @@ def compute_dtype(fp16: bool = False) -> torch.dtype:
 
 def load_4bit(source: Source, dtype: torch.dtype, adapter: Path | None = None) -> PreTrainedModel:
     """The model in NF4 through transformers and bitsandbytes, for reading only: no Unsloth. `adapter` is a folder."""
-    import torch
+    from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    quantization = None
-    if "quantization_config" not in source.config:
-        quantization = BitsAndBytesConfig(
+    how: dict[str, Any] = {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))} if has_gpu() else {"": "cpu"}}
+    if "quantization_config" not in source.config:  # and no None: that would hide the one of a prequantized model
+        how["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    device = {"": int(os.environ.get("LOCAL_RANK", 0))} if torch.cuda.is_available() else {"": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, quantization_config=quantization, dtype=dtype, device_map=device
-    )
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **how)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = dtype  # a prequantized model comes with its maker's, bf16 on a T4 too
     if adapter:
         from peft import PeftModel
 
@@ -1184,7 +1184,7 @@ def train(
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
-        optim="adamw_torch",
+        optim="adamw_torch_fused",  # one pass over weights, gradients and moments instead of ten
         bf16=gpu and compute_dtype(config.fp16) == torch.bfloat16,
         fp16=gpu and compute_dtype(config.fp16) == torch.float16,
         use_cpu=not gpu,
@@ -1212,6 +1212,7 @@ def train(
     checkpoint = last_checkpoint(partial) if config.resume else None
     history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history if checkpoint else []
     if gpu:
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 50 ms, for each length of a row
         torch.cuda.reset_peak_memory_stats()
     if not patience_is_over(history, config.early_stopping_patience):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
