@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 # Constants
 
 BASE = "base"  # the name under which the model without adapter answers
+SLOTS = 512  # places of a model's first cache, doubled when full: attention works through all of them
 PREFILL = 512  # prompt tokens read in one forward: Ctrl-C is heard between two of them
 REPEAT_LAST = 64  # tokens that repeat_penalty looks back over, as in ollama
 TURN_LENGTH = 8  # tokens a model writes in /compare before the next one's turn: switching adapters costs a little
@@ -351,6 +352,236 @@ class Detokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def fuse(parts: list[Any]) -> Any:
+    """4-bit layers that read the same input as one: their rows under each other, so one kernel does the work of three.
+
+    On a GPU the parts become views of it, and the weights are in memory once.
+    """
+    import torch
+    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, has_avx512bf16
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    def scales(state: Any) -> torch.Tensor:
+        return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+
+    first, width = parts[0], parts[0].in_features
+    state = first.weight.quant_state
+    rows = [part.out_features for part in parts]
+    weight = torch.cat([part.weight.data.view(part.out_features, -1) for part in parts])
+    absmax = torch.cat([scales(part.weight.quant_state).float().view(part.out_features, -1) for part in parts])
+    bias = torch.cat([part.bias for part in parts]) if first.bias is not None else None
+
+    def layer(weight: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None) -> Linear4bit:
+        size = torch.Size((len(weight), width))
+        kind = {"code": state.code, "blocksize": state.blocksize, "quant_type": state.quant_type, "dtype": state.dtype}
+        one = Linear4bit(width, len(weight), bias=False, compute_dtype=first.compute_dtype, device="meta")
+        data, shape = weight.reshape(-1, 1), QuantState(absmax.reshape(-1), size, **kind)
+        one.weight = Params4bit(data, quant_state=shape, blocksize=state.blocksize, quant_type=state.quant_type)
+        one.weight.bnb_quantized, one.bias = True, bias
+        return one.eval()
+
+    whole = layer(weight, absmax, bias)
+    if weight.device.type == "cuda":
+        for part, own, scale in zip(parts, weight.split(rows), absmax.split(rows), strict=True):
+            part.weight = layer(own, scale, None).weight
+    elif not has_avx512bf16():  # bitsandbytes would dequantize at every token
+        dense = dequantize_4bit(whole.weight, whole.weight.quant_state)
+        return lambda x: torch.nn.functional.linear(x, dense, bias)
+    return whole
+
+
+class Slots:
+    """Keys and values that one model has read, at addresses that stay: a CUDA graph needs that."""
+
+    def __init__(self, quick: Quick, size: int, old: Slots | None = None):
+        import torch
+
+        shape = (2, len(quick.layers), quick.kv_heads, size, quick.head_size)
+        self.keys, self.values = torch.zeros(shape, dtype=quick.dtype, device=quick.device)
+        if old is not None:
+            self.keys[:, :, : old.size] = old.keys
+            self.values[:, :, : old.size] = old.values
+        self.size, self.graphs = size, {}
+        places = torch.arange(size, device=quick.device)
+        self.cos, self.sin = (table[0].to(quick.dtype) for table in quick.rotate(self.keys, places[None]))
+        self.sin = torch.cat([-self.sin[:, : quick.head_size // 2], self.sin[:, quick.head_size // 2 :]], dim=1)
+        self.token, self.place = torch.zeros((2, 1), dtype=torch.long, device=quick.device)
+        self.logits = torch.zeros(quick.head.weight.shape[0], device=quick.device)
+
+
+class Quick:
+    """A Llama-like network as one stream of tokens wants it, with the weights of transformers' and PEFT's modules.
+
+    Those launch 45 kernels a layer and 8 more a LoRA, and no processor feeds a GPU that fast. Here projections of one
+    input are one product, LoRA adds two small ones, and on a GPU a step of one token is a CUDA graph, replayed.
+    """
+
+    GROUPS = (
+        ("self_attn", ("q_proj", "k_proj", "v_proj")),
+        ("self_attn", ("o_proj",)),
+        ("mlp", ("gate_proj", "up_proj")),
+        ("mlp", ("down_proj",)),
+    )
+
+    def __init__(self, network: Any):
+        import torch
+
+        config, inner = network.config, network.model
+        self.layers, self.rotate, self.norm = inner.layers, inner.rotary_emb, inner.norm
+        self.embeddings, self.head = inner.embed_tokens, network.lm_head
+        self.device, self.dtype = network.device, inner.embed_tokens.weight.dtype
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_size = self.layers[0].self_attn.head_dim
+        self.fused = [[fuse(self.parts(layer, block, names)) for block, names in self.GROUPS] for layer in self.layers]
+        self.loras: dict[str, list] = {}
+        self.scaling: dict[str, dict[int, float]] = {}
+        self.strength: dict[str, float] = {}
+        self.graphs = self.device.type == "cuda"
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each length of a prompt
+        self.pool = torch.cuda.graph_pool_handle() if self.graphs else None
+
+    @classmethod
+    def fits(cls, network: Any) -> bool:
+        """Whether the network is of the kind that forward() below computes."""
+        from bitsandbytes.nn import Linear4bit
+
+        config = network.config
+        kind = config.model_type in ("llama", "mistral", "qwen2") and config.hidden_act == "silu"
+        rope = (config.rope_parameters or {}).get("rope_type", "default") in ("default", "linear", "llama3")
+        slides = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+        if not kind or not rope or slides or (config.model_type == "mistral" and config.sliding_window):
+            return False
+        layers = network.model.layers
+        parts = [part for layer in layers for block, names in cls.GROUPS for part in cls.parts(layer, block, names)]
+        return all(
+            isinstance(part, Linear4bit)
+            and part.weight.element_size() == 1
+            and part.in_features % part.weight.quant_state.blocksize == 0
+            and part.out_features % 32 == 0
+            for part in parts
+        )
+
+    def add(self, key: str, network: Any) -> None:
+        """Take over PEFT's adapter, unless it has more than plain LoRA on the fused layers."""
+        from peft.tuners.lora import LoraLayer
+
+        parts = [
+            part for layer in self.layers for block, names in self.GROUPS for part in self.parts(layer, block, names)
+        ]
+        config = network.peft_config[key]
+        adapted = {id(module) for module in network.modules() if isinstance(module, LoraLayer) and key in module.r}
+        more = config.use_dora or config.lora_bias or config.modules_to_save or config.trainable_token_indices
+        if adapted and adapted <= set(map(id, parts)) and not more:
+            self.scaling[key] = {id(part): part.scaling[key] for part in parts if id(part) in adapted}
+            self.set_strength(key, 1.0)
+
+    @staticmethod
+    def parts(layer: Any, block: str, names: tuple[str, ...]) -> list[Any]:
+        return [getattr(getattr(layer, block), name) for name in names]
+
+    def set_strength(self, key: str, strength: float) -> None:
+        """Each fused layer's LoRA: all A under each other, all B along a diagonal, scaled. In place, for the graphs."""
+        if self.strength.get(key) == strength:
+            return
+        new = [
+            [self.pair(key, strength, self.parts(layer, block, names)) for block, names in self.GROUPS]
+            for layer in self.layers
+        ]
+        if key in self.loras:
+            for old, pair in zip(itertools.chain(*self.loras[key]), itertools.chain(*new), strict=True):
+                if pair is not None:
+                    old[1].copy_(pair[1])
+        else:
+            self.loras[key] = new
+        self.strength[key] = strength
+
+    def pair(self, key: str, strength: float, parts: list[Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        import torch
+
+        scaling = self.scaling[key]
+        adapted = [part for part in parts if id(part) in scaling]
+        if not adapted:
+            return None
+        down = torch.cat([part.lora_A[key].weight for part in adapted])
+        up = torch.zeros(sum(part.out_features for part in parts), len(down), device=self.device)
+        row = column = 0
+        for part in parts:
+            if id(part) in scaling:
+                weight = part.lora_B[key].weight
+                up[row : row + len(weight), column : column + weight.shape[1]] = weight * (scaling[id(part)] * strength)
+                column += weight.shape[1]
+            row += part.out_features
+        return down.to(self.dtype).T, up.to(self.dtype).T
+
+    def forward(self, tokens: torch.Tensor, place: torch.Tensor, slots: Slots, key: str | None) -> torch.Tensor:
+        """The logits after `tokens`, of which the first stands at `place`; their keys and values go into `slots`."""
+        import torch
+        from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
+
+        count, group, kv = len(tokens), self.heads // self.kv_heads, self.kv_heads
+        end = slots.size if self.graphs else int(place) + count  # a graph cannot have a length that grows
+        places = place + torch.arange(count, device=self.device)
+        cos, sin = slots.cos[places, None], slots.sin[places, None]
+        seen = torch.arange(end, device=self.device) <= places[:, None]
+        mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+        mask = mask.repeat(group, 1)[None, None]
+        hidden = embedding(tokens, self.embeddings.weight)
+        loras = self.loras[key] if key else [(None,) * len(self.GROUPS)] * len(self.layers)
+
+        def norm(x: torch.Tensor, module: Any) -> torch.Tensor:
+            return rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+
+        def project(x: torch.Tensor, layer: Callable, lora: tuple | None) -> torch.Tensor:
+            return layer(x) if lora is None else layer(x).addmm_(x @ lora[0], lora[1])
+
+        for number, (layer, fused, lora) in enumerate(zip(self.layers, self.fused, loras, strict=True)):
+            keys, values = slots.keys[number], slots.values[number]
+            x = project(norm(hidden, layer.input_layernorm), fused[0], lora[0]).view(count, -1, self.head_size)
+            turned, value = x[:, :-kv], x[:, -kv:]
+            turned = turned * cos + turned.roll(self.head_size // 2, -1) * sin
+            keys.index_copy_(1, places, turned[:, -kv:].transpose(0, 1))
+            values.index_copy_(1, places, value.transpose(0, 1))
+            # Heads that share keys are stacked as if they were further positions: no copy of the keys for each.
+            query = turned[:, :-kv].unflatten(1, (kv, group)).permute(1, 2, 0, 3).reshape(1, kv, group * count, -1)
+            x = scaled_dot_product_attention(query, keys[None, :, :end], values[None, :, :end], attn_mask=mask)
+            x = x.view(kv, group, count, -1).permute(2, 0, 1, 3).reshape(count, -1)
+            hidden = hidden + project(x, fused[1], lora[1])
+            gate, up = project(norm(hidden, layer.post_attention_layernorm), fused[2], lora[2]).chunk(2, dim=-1)
+            hidden = hidden + project(silu(gate) * up, fused[3], lora[3])
+        return self.head(norm(hidden[-1:], self.norm))[0].float()
+
+    def step(self, token: torch.Tensor, place: int, slots: Slots, key: str | None) -> torch.Tensor:
+        """forward() for one token: a graph's replay where there are graphs. The result is valid until the next step."""
+        import torch
+
+        slots.token.copy_(token)
+        slots.place.fill_(place)
+        if not self.graphs:
+            return self.forward(slots.token, slots.place, slots, key)
+        if key not in slots.graphs:
+            try:
+                slots.graphs[key] = self.capture(slots, key)
+            except RuntimeError:  # a driver or card that cannot: slower, but the same
+                self.graphs = False
+                torch.cuda.synchronize()
+                return self.forward(slots.token, slots.place, slots, key)
+        slots.graphs[key].replay()
+        return slots.logits
+
+    def capture(self, slots: Slots, key: str | None) -> torch.cuda.CUDAGraph:
+        import torch
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries take their workspaces at the first run, and no capture may do that
+            self.forward(slots.token, slots.place, slots, key)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            slots.logits.copy_(self.forward(slots.token, slots.place, slots, key))
+        return graph
+
+
 class Base:
     """One 4-bit model in memory and the LoRA adapters on it. Only one is active, or none."""
 
@@ -358,6 +589,7 @@ class Base:
         self.source = source
         self.tokenizer = finetune.load_tokenizer(source.folder, source.id)
         self.model: Any = finetune.load_4bit(source, finetune.compute_dtype())
+        self.quick = Quick(self.model) if Quick.fits(self.model) else None
         self.adapters: list[str] = []
         self.active: tuple[str | None, float] = (None, 1.0)
 
@@ -382,6 +614,8 @@ class Base:
             ) from None
         self.adapters.append(key)
         self.model.eval()
+        if self.quick:
+            self.quick.add(key, self.model)
         self.active = (key, 1.0)
         self.use(None, 1.0)
         return key
@@ -427,6 +661,12 @@ class Model:
     cache: Any = None
     ids: list[int] = dataclasses.field(default_factory=list)  # the tokens that the cache holds
     strength: float = 1.0
+
+    @property
+    def quick(self) -> Quick | None:
+        """The fast way to run it, if it is one of the models and adapters that have one."""
+        quick = self.base.quick
+        return quick if quick and (self.key is None or self.key in quick.loras) else None
 
 
 class Engine:
@@ -478,10 +718,14 @@ class Engine:
         import torch
 
         ids = chat_ids(model.tokenizer, [{"role": "user", "content": PROBE}], add_generation_prompt=True)
-        own = self.forward(model, ids, None)
+        self.rewind(model, ids, model.strength)
+        own = self.read(model, ids, None).clone()
+        if model.quick:
+            self.advance(model, own.argmax()[None])
         if model.key:
-            base = dataclasses.replace(model, key=None)
-            model.no_effect = torch.allclose(own, self.forward(base, ids, None), rtol=0, atol=1e-6)
+            base = dataclasses.replace(model, key=None, cache=None, ids=[])
+            self.rewind(base, ids, 1.0)
+            model.no_effect = torch.allclose(own, self.read(base, ids, None), rtol=0, atol=1e-6)
 
     def context(self, name: str) -> int:
         """Tokens that fit: --num-ctx, or less if the model's positions end sooner."""
@@ -490,17 +734,6 @@ class Engine:
 
     def count(self, messages: list[dict], name: str) -> int:
         return len(chat_ids(self.models[name].tokenizer, messages, add_generation_prompt=True)) if messages else 0
-
-    def forward(self, model: Model, ids: list[int], cache: Any) -> torch.Tensor:
-        """The logits of the token after `ids`, which follow what `cache` holds. A faster decoder goes in here."""
-        import torch
-
-        model.base.use(model.key, model.strength)
-        network = model.base.model
-        with torch.inference_mode():
-            tokens = torch.tensor([ids], device=network.device)
-            out = network(input_ids=tokens, past_key_values=cache, use_cache=cache is not None, logits_to_keep=1)
-            return out.logits[0, -1].float()
 
     def rewind(self, model: Model, ids: list[int], strength: float) -> list[int]:
         """Cut the model's cache back to what it has in common with `ids`; returns the tokens still to be read."""
@@ -512,14 +745,41 @@ class Engine:
             keep = min(common if common is not None else len(model.ids), len(model.ids), len(ids) - 1)
             try:
                 with torch.inference_mode():
-                    if keep < len(model.ids):
+                    if keep < len(model.ids) and not model.quick:  # Slots are overwritten instead
                         model.cache.crop(keep - len(model.ids))
                 model.ids = model.ids[:keep]
                 return ids[keep:]
             except (RuntimeError, ValueError):  # a sliding window has already forgotten what stood there
                 pass
-        model.cache, model.ids, model.strength = DynamicCache(config=model.base.model.config), [], strength
+        if not model.quick:
+            model.cache = DynamicCache(config=model.base.model.config)
+        model.ids, model.strength = [], strength
         return ids
+
+    def forward(self, model: Model, ids: list[int]) -> torch.Tensor:
+        """The logits of the token after `ids`, which follow what the model's cache holds."""
+        import torch
+
+        network, quick = model.base.model, model.quick
+        tokens = torch.tensor(ids, device=network.device)
+        with torch.inference_mode():
+            if quick:
+                self.make_room(model, len(ids))
+                place = torch.tensor([len(model.ids)], device=network.device)
+                return quick.forward(tokens, place, model.cache, model.key)
+            model.base.use(model.key, model.strength)
+            out = network(input_ids=tokens[None], past_key_values=model.cache, use_cache=True, logits_to_keep=1)
+            return out.logits[0, -1].float()
+
+    def make_room(self, model: Model, count: int) -> None:
+        """Slots for `count` more tokens; when they run out, twice as many, with a graph of their own."""
+        size = model.cache.size if model.cache else SLOTS
+        while size < len(model.ids) + count:
+            size *= 2
+        if model.cache is None or size > model.cache.size:
+            model.cache = Slots(model.quick, size, model.cache)
+        if model.key:
+            model.quick.set_strength(model.key, model.strength)
 
     def read(self, model: Model, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
         """Feed tokens into the model's cache; None if `stop` was set in between. The cache stays valid at any time."""
@@ -528,13 +788,31 @@ class Engine:
             if stop is not None and stop.is_set():
                 return None
             some = ids[start : start + PREFILL]
-            try:
-                logits = self.forward(model, some, model.cache)
-            except BaseException:  # half of the layers may have taken the tokens: this cache is lost
-                model.cache, model.ids = None, []
-                raise
+            with self.kept_valid(model):
+                logits = self.forward(model, some)
             model.ids = model.ids + some
         return logits
+
+    def advance(self, model: Model, token: torch.Tensor) -> torch.Tensor:
+        """The logits after one more token, which may still be on its way: on a GPU this only queues the work.
+
+        The caller enters the token in model.ids once it knows it.
+        """
+        import torch
+
+        with torch.inference_mode(), self.kept_valid(model):
+            if not model.quick:
+                return self.forward(model, token.tolist())
+            self.make_room(model, 1)
+            return model.quick.step(token, len(model.ids), model.cache, model.key)
+
+    @contextlib.contextmanager
+    def kept_valid(self, model: Model) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:  # half of the layers may have taken the tokens: this cache is lost
+            model.cache, model.ids = None, []
+            raise
 
     def stream(
         self, messages: list[dict], name: str, settings: Settings, stop: threading.Event | None = None, top: int = 0
@@ -548,20 +826,21 @@ class Engine:
             raise BadInput(f"the question has {len(ids)} tokens; the context holds {self.context(name)}")
         limit = min(room, settings.num_predict) if settings.num_predict >= 0 else room
         answer = Answer(name, random_seed() if settings.seed is None else settings.seed, len(ids))
-        sampler = Sampler(settings, answer.seed, ids)
+        sampler = Sampler(settings, answer.seed, ids, model.base.model.device)
         words = Detokenizer(model.tokenizer)
         feed = self.rewind(model, ids, settings.strength if model.key else 1.0)
         answer.cached_tokens = len(ids) - len(feed)
-        while True:
-            if answer.tokens >= limit:
-                answer.stop = "context" if limit == room else "num_predict"
-                break
-            logits = self.read(model, feed, stop)
-            if logits is None:
-                break
-            if top:
-                answer.top.append(likeliest(logits, top))
-            token = sampler.pick(logits)
+        cut = "context" if limit == room else "num_predict"
+        logits = self.read(model, feed, stop) if limit else None
+        while logits is not None:
+            chosen = sampler.pick(logits)
+            choices = likeliest(logits, top) if top else None
+            arriving = Arriving(chosen)
+            # A GPU begins the next step before this token is known here; what it did after the last is overwritten.
+            ahead = self.advance(model, chosen) if chosen.is_cuda and answer.tokens + 1 < limit else None
+            token = arriving.value()
+            if choices:
+                answer.top.append(choices)
             if answer.first_token is None:
                 answer.first_token = answer.seconds + time.perf_counter() - began
             if token in model.stops:
@@ -574,7 +853,12 @@ class Engine:
             answer.seconds += time.perf_counter() - began
             yield Piece(text, answer)
             began = time.perf_counter()
-            feed = [token]
+            if answer.tokens == limit or (stop is not None and stop.is_set()):
+                break
+            logits = ahead if ahead is not None else self.advance(model, chosen)
+            model.ids.append(token)
+        if answer.tokens == limit:
+            answer.stop = cut
         rest = words.pending().rstrip("\N{REPLACEMENT CHARACTER}")
         rest = rest if answer.text else rest.lstrip()
         answer.text += rest
@@ -642,34 +926,53 @@ def stop_ids(tokenizer: PreTrainedTokenizerBase, network: Any) -> frozenset[int]
 
 
 class Sampler:
-    """Picks tokens: repeat_penalty, then temperature, top_k and top_p."""
+    """Picks tokens on the model's device: repeat_penalty, then temperature, top_k and top_p."""
 
-    def __init__(self, settings: Settings, seed: int, ids: list[int]):
+    def __init__(self, settings: Settings, seed: int, ids: list[int], device: Any = "cpu"):
         import torch
 
-        self.settings, self.recent = settings, list(ids[-REPEAT_LAST:])
-        self.generator = torch.Generator().manual_seed(seed)
+        self.settings, self.recent = settings, torch.tensor(ids[-REPEAT_LAST:], device=device)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
-    def pick(self, logits: torch.Tensor) -> int:
+    def pick(self, logits: torch.Tensor) -> torch.Tensor:
+        """One token, in a tensor: whoever reads it waits for it."""
         import torch
 
         settings = self.settings
         if settings.repeat_penalty != 1:
-            logits = logits.clone()
-            seen = torch.tensor(sorted(set(self.recent)), device=logits.device)
-            values = logits[seen]
-            logits[seen] = torch.where(values > 0, values / settings.repeat_penalty, values * settings.repeat_penalty)
+            values = logits[self.recent]
+            values = torch.where(values > 0, values / settings.repeat_penalty, values * settings.repeat_penalty)
+            logits = logits.scatter(0, self.recent, values)
         if settings.temperature == 0:
-            token = int(logits.argmax())
+            token = logits.argmax()[None]
         else:
             count = min(settings.top_k or len(logits), len(logits))
             values, places = (logits / settings.temperature).topk(count)
-            shares = values.softmax(-1).cpu()
+            shares = values.softmax(-1)
             before = shares.cumsum(-1) - shares
-            shares[(before >= settings.top_p) & (before > 0)] = 0  # the likeliest always stays
-            token = int(places[torch.multinomial(shares, 1, generator=self.generator).item()])
-        self.recent = [*self.recent, token][-REPEAT_LAST:]
+            shares = shares.masked_fill((before >= settings.top_p) & (before > 0), 0)  # the likeliest always stays
+            token = places[torch.multinomial(shares, 1, generator=self.generator)]
+        if settings.repeat_penalty != 1:
+            self.recent = torch.cat([self.recent, token])[-REPEAT_LAST:]
         return token
+
+
+class Arriving:
+    """A token that a GPU is still to pick: reading it waits for that, and not for what was queued since."""
+
+    def __init__(self, token: torch.Tensor):
+        import torch
+
+        self.token, self.event = token, None
+        if token.is_cuda:
+            self.token = torch.empty(1, dtype=torch.long, pin_memory=True).copy_(token, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def value(self) -> int:
+        if self.event:
+            self.event.synchronize()
+        return int(self.token)
 
 
 def likeliest(logits: torch.Tensor, count: int) -> list[tuple[int, float]]:

@@ -1,0 +1,149 @@
+"""The plan: how an update is cut into forward passes changes its speed and memory, never what is learned."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import finetune
+
+SEVEN_B = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(faq, tiny_model):
+    return finetune.Config(
+        model=str(tiny_model), data=(faq,), lora_r=4, lora_dropout=0.0, effective_batch_size=6, max_steps=4,
+        learning_rate=1e-2, lr_scheduler_type="constant", max_new_tokens=4, warmup_steps=0, num_train_epochs=3,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def trained(config, tiny_model, tmp_path):
+    """trained(rows a forward, checkpointing) -> result of train() and the adapter it left."""
+    from transformers import set_seed
+
+    source = finetune.find_model(str(tiny_model), gpu=False)
+    tokenizer = finetune.load_tokenizer(source.folder)
+    examples = finetune.encode_split(tokenizer, finetune.load_data(config), config)
+
+    def call(micro: int, checkpointing: bool = False, callbacks: tuple = (), **changes):
+        own = dataclasses.replace(config, **changes)
+        set_seed(own.seed)
+        model = finetune.add_lora(finetune.load_for_training(source, own), own, source)
+        plan = finetune.make_plan(own, source.config, examples["train"], None)
+        batch = own.effective_batch_size
+        plan = dataclasses.replace(
+            plan,
+            micro_batch_size=micro,
+            gradient_accumulation_steps=batch // micro,
+            gradient_checkpointing=checkpointing,
+        )
+        partial = tmp_path / f"{len(list(tmp_path.iterdir()))}.partial"
+        partial.mkdir()
+        training, kept = finetune.train(model, tokenizer, examples, plan, own, partial, callbacks)
+        weights = {name: weight.clone() for name, weight in model.state_dict().items() if "lora_" in name}
+        return training, kept, weights
+
+    return call
+
+
+def agree(one: dict, other: dict, tolerance: float) -> bool:
+    return all(torch.allclose(one[name], other[name], rtol=0, atol=tolerance) for name in one)
+
+
+def test_cutting_and_checkpointing_do_not_change_what_is_learned(trained):
+    whole, _, adapter = trained(6)
+    for micro, checkpointing in ((1, True), (2, False)):
+        other, _, reference = trained(micro, checkpointing)
+        losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (whole, other)]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+        assert agree(adapter, reference, 1e-5)
+
+
+class OutOfMemoryOnce:
+    """Raises what PyTorch raises on a full GPU, in the middle of one update."""
+
+    def __init__(self, step: int):
+        from transformers import TrainerCallback
+
+        class Callback(TrainerCallback):
+            raised = False
+
+            def on_substep_end(inner, args, state, control, **_):
+                if state.global_step == step and not inner.raised:
+                    inner.raised = True
+                    raise torch.OutOfMemoryError("made up")
+
+        self.callback = Callback()
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_out_of_memory_in_mid_run_halves_the_rows_and_loses_no_update(trained, step):
+    reference, _, adapter = trained(3)
+    once = OutOfMemoryOnce(step).callback
+    training, plan, weights = trained(3, callbacks=(once,))
+    assert once.raised and (plan.micro_batch_size, plan.gradient_accumulation_steps) == (1, 6)
+    assert f"update {step + 1}" in plan.reason
+    assert [entry["step"] for entry in training["log"]] == [entry["step"] for entry in reference["log"]]
+    assert agree(adapter, weights, 1e-5)
+
+
+def test_when_nothing_is_left_to_halve_it_says_so():
+    plan = finetune.Plan(1, 4, True, True, 1, 1, {}, "")
+    assert finetune.smaller(plan, "") is None
+    with pytest.raises(finetune.BadInput, match="not even one row"):
+        finetune.stop_out_of_memory()
+
+
+def test_a_probe_leaves_nothing_behind(trained, monkeypatch):
+    """No gradient, no random number drawn, weights and mode as they were."""
+    from transformers import TrainerCallback
+
+    seen = []
+
+    class Callback(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **_):
+            trainer = next(c for c in self.handler.callbacks if hasattr(c, "trainer")).trainer
+            before = [torch.get_rng_state(), *(p.clone() for p in model.parameters() if p.requires_grad)]
+            rows = [finetune.Example(None, row["input_ids"], 1) for row in trainer.train_dataset]
+            finetune.probe(trainer, rows, finetune.Plan(2, 3, False, True, 1, 1, {}, ""))
+            after = [torch.get_rng_state(), *(p for p in model.parameters() if p.requires_grad)]
+            seen.append(all(map(torch.equal, before, after)) and all(p.grad is None for p in model.parameters()))
+
+        def on_init_end(self, args, state, control, **_):
+            pass
+
+    callback = Callback()
+    original = finetune.make_monitor
+
+    def monitor(*args):
+        made = original(*args)
+        callback.handler = type("Handler", (), {"callbacks": [made]})
+        return made
+
+    monkeypatch.setattr(finetune, "make_monitor", monitor)
+    trained(3, callbacks=(callback,), lora_dropout=0.1)
+    assert seen == [True]
+
+
+def test_dropout_drops_as_often_as_it_says_and_keeps_the_mean():
+    torch.manual_seed(0)
+    x = torch.ones(1000, 501)
+    module = torch.nn.Dropout(0.1)
+    y = finetune.dropout(x, module)
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=2e-3)
+    assert y.mean().item() == pytest.approx(1, abs=2e-3) and len(y.unique()) == 2
+    assert finetune.dropout(x, module.eval()) is x
+
+
+def test_a_7b_within_6_gib():
+    row = finetune.Row(({"role": "user", "content": "?"},), "!", "")
+    train = [finetune.Example(row, [1] * 125, 40)] * 200
+    config = finetune.Config(num_train_epochs=1)
+    plan = finetune.make_plan(config, SEVEN_B, train, 6.0)
+    assert plan.gradient_checkpointing and plan.total < 6
+    assert plan.micro_batch_size * plan.gradient_accumulation_steps == 4
