@@ -67,7 +67,7 @@ LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
 MIN_ROWS = 20  # below this a held-out split says nothing
 MAX_PROBLEMS_SHOWN = 20
 ALIKE_WHOLE, ALIKE_RARE = 75, 80  # near-duplicates: token_sort_ratio of whole questions, and of their rarer words
-EVAL_QUESTIONS = {"gpu": 200, "cpu": 24}  # answered and ranked at most; the loss is measured on all held-out ones
+EVAL_QUESTIONS = {"gpu": 200, "cpu": 16}  # answered and ranked at most; the loss is measured on all held-out ones
 EVAL_BATCH = 32
 RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
 BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: length costs no training
@@ -91,7 +91,7 @@ QUIET = {
 # to move at all, and then overfits sooner: measured on healthcare questions, README, "The recipe".
 SETTLED = {
     "1B parameters and more": {"learning_rate": 2e-4, "warmup_steps": 0, "num_train_epochs": 5},
-    "less than 1B parameters": {"learning_rate": 1e-3, "warmup_steps": 0.1, "num_train_epochs": 3},
+    "less than 1B parameters": {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 3},
 }
 
 console = Console(highlight=False)
@@ -130,7 +130,7 @@ class Config:
     num_train_epochs: float | None = None  # At most: early stopping may end it sooner. Default: see SETTLED.
     max_steps: int = -1  # If positive: so many updates, whatever the epochs say.
     effective_batch_size: int = 4  # Rows an update. How they are cut into forward passes is the plan's business.
-    learning_rate: float | None = None  # Default: 2e-4, for models below 1B parameters 1e-3; see SETTLED.
+    learning_rate: float | None = None  # Default: 2e-4, for models below 1B parameters 5e-4; see SETTLED.
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: float | None = None  # Below 1 it is a fraction of all updates. Default: see SETTLED.
     weight_decay: float = 0.0
@@ -139,7 +139,7 @@ class Config:
     max_length: int = 2048  # In tokens. A row that would be cut is an error, not a surprise.
     # evidence
     eval_fraction: float = 0.2  # Share of the rows held out; near-duplicates stay on one side.
-    eval_questions: int | None = None  # Held-out questions to answer and rank, at most. Default: GPU 200, CPU 24.
+    eval_questions: int | None = None  # Held-out questions to answer and rank, at most. Default: GPU 200, CPU 16.
     max_new_tokens: int | None = None  # Length limit of an answer. Default: 1.5 times the longest training answer.
     require_improvement: bool = False  # Exit with 3 unless the verdict is "helped".
     seed: int = 42  # Of split, LoRA initialization, order of rows and dropout.
@@ -965,8 +965,13 @@ def compute_dtype(fp16: bool = False) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) and not fp16 else torch.float16
 
 
-def load_4bit(source: Source, dtype: torch.dtype, adapter: Path | None = None) -> PreTrainedModel:
-    """The model in NF4 through transformers and bitsandbytes, for reading only: no Unsloth. `adapter` is a folder."""
+def load_4bit(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in NF4 through transformers and bitsandbytes, without Unsloth.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first forward in eval mode, to multiply in
+    bf16 whatever was asked, and never back: batches are three times slower so, answers differ, and training that was
+    interrupted by an evaluation has no gradient through the base, without a word. So it is told not to.
+    """
     from bitsandbytes.nn import Linear4bit
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -982,10 +987,7 @@ def load_4bit(source: Source, dtype: torch.dtype, adapter: Path | None = None) -
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.compute_dtype = dtype  # a prequantized model comes with its maker's, bf16 on a T4 too
-    if adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter)
+            module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
@@ -993,15 +995,7 @@ def load_for_training(source: Source, config: Config) -> PreTrainedModel:
     """GPU: Unsloth's kernels. CPU: the same NF4 through transformers (Unsloth needs a GPU)."""
     dtype = compute_dtype(config.fp16)
     if not has_gpu():
-        from bitsandbytes.nn import Linear4bit
-
-        model = load_4bit(source, dtype)
-        # On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first forward in eval mode and never
-        # back: training that was interrupted by an evaluation then has no gradient through the base, without a word.
-        for module in model.modules():
-            if isinstance(module, Linear4bit):
-                module.support_avx512bf16_for_cpu = False
-        return model
+        return load_4bit(source, dtype)
     from unsloth import FastLanguageModel
 
     model, _ = FastLanguageModel.from_pretrained(
@@ -1589,7 +1583,7 @@ def set_exam(
     asked = min(config.eval_questions or EVAL_QUESTIONS["gpu" if has_gpu() else "cpu"], len(held_out))
     candidates = []
     for place in range(asked):
-        others = [other for other in range(len(held_out)) if groups[other] != groups[place]]
+        others = [other for other in range(min(max(asked, 16), len(held_out))) if groups[other] != groups[place]]
         dice = random.Random(f"{config.seed}:{held_out[place].row.id}")
         candidates.append([place, *dice.sample(others, min(RANKED_AMONG - 1, len(others)))])
     sample = sorted(train, key=lambda e: hashlib.sha256(f"{config.seed}:{e.row.id}".encode()).hexdigest())[:asked]
@@ -1922,6 +1916,7 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     model.save_pretrained(result, safe_serialization=True)
     tokenizer.save_pretrained(result)
     (result / "README.md").write_text(model_card(run, output.name), encoding="utf-8")
+    (result / "report.html").write_text(report_page(run, data, output.name), encoding="utf-8")
     plot_losses(run, result / "loss.png")
     (result / "run.json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     shutil.copy(partial / "train.log", result / "train.log")
@@ -2045,7 +2040,8 @@ def model_card(run: dict, name: str) -> str:
     run = harmless(run)
     name = harmless(" ".join(name.split()))
     base, license_of_base = base_of(run)
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    model = run.get("model") or {}
+    on_hub = model.get("id") in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
     meta = {"base_model": base, "base_model_relation": "adapter"} if on_hub else {}
     meta |= {
         "library_name": "peft",
@@ -2600,11 +2596,16 @@ def prepare(
 def reading(
     model: PreTrainedModel, source: Source, config: Config, adapter: Path | None = None
 ) -> Iterator[PreTrainedModel]:
-    """The model that is measured. GPU: the one in training, which holds the adapter already. CPU: one loaded as its
-    users will load it, which takes a second there.
+    """The model that is measured. GPU: the one in training, which holds the adapter already. CPU: one loaded from its
+    files, its 4-bit weights dequantized once instead of at every token.
     """
     with console.status(f"Measuring {'the tuned model' if adapter else source.name}: losses, ranking and answers"):
-        yield model if has_gpu() else load_4bit(source, compute_dtype(config.fp16), adapter)
+        if not has_gpu():
+            from peft import PeftModel
+
+            model = load_4bit(source, compute_dtype(config.fp16)).dequantize()
+            model = PeftModel.from_pretrained(model, adapter) if adapter else model
+        yield model.eval() if not has_gpu() else model
 
 
 @contextlib.contextmanager

@@ -75,7 +75,8 @@ def made_up_arms(exam: Exam) -> dict[str, dict[str, list]]:
 def made_up_evaluation(data: finetune.Data) -> dict:
     held_out = [Example(row, [1, 2, 3], 1) for row in data.test]
     groups = [data.group_of[row.id] for row in data.test]
-    exam = Exam(held_out, held_out, groups, [], [], [list(range(10)) for _ in range(ASKED)], ASKED)
+    candidates = [list(range(10)) for _ in range(ASKED)]
+    exam = Exam(held_out, held_out, groups, [], [], candidates, asked=ASKED, max_new_tokens=100)
     evaluation = compare_arms(made_up_arms(exam), exam, 42)
     evaluation["retention"] = {"prompts": 60, "before": 1.31, "after": 1.34, "change_percent": 2.29}
     evaluation["memorization"] = {
@@ -243,6 +244,37 @@ def test_marks_are_the_words_the_reference_lacks():
     assert finetune.words_that_differ("", "x") == "" and finetune.words_that_differ("a b", "") == "<mark>a b</mark>"
 
 
+MEANINGS = {  # held-out loss, chrF against the prompted base, ranking, retention in % -> what the page says of it
+    "lost elsewhere": ((-0.5, -0.6, -0.4), 5.0, 0.0, 12.0, "Harmed", "but lost much of what it could do elsewhere"),
+    "worse here": ((0.5, 0.4, 0.6), 5.0, 0.0, 2.0, "Harmed", "finds the right answers less likely"),
+    "a prompt does as well": ((-0.5, -0.6, -0.4), -1.0, 0.0, 2.0, "Style only", "told to be brief comes as close"),
+    "cannot tell": ((-0.5, -0.6, -0.4), 5.0, -0.3, 2.0, "Style only", "tell right answers from wrong ones"),
+    "chance": ((-0.1, -0.3, 0.1), 5.0, 0.0, 2.0, "No evidence", "may be chance"),
+    "fine": ((-0.5, -0.6, -0.4), 5.0, 0.0, 2.0, "Helped", "finds the right answers more likely"),
+}
+
+
+@pytest.mark.parametrize("case", MEANINGS)
+def test_page_says_why(case, run, data):
+    nll, chrf, ranking, retention, label, words = MEANINGS[case]
+    copy = without(run)
+    evaluation = copy["evaluation"]
+    evaluation["delta"] |= {"nll": nll, "ranking_top1": [ranking] * 3, "chrf_vs_prompted": [chrf] * 3}
+    evaluation["retention"]["change_percent"] = retention
+    evaluation["verdict"] = judge(evaluation)
+    page = report_page(copy, data, "x")
+    [meaning] = re.findall(r'<p class="meaning">(.*?)</p>', page)
+    assert f"</span> {label}</p>" in page and words in meaning
+    others = {other[5] for other in MEANINGS.values() if other[4] == label} - {words}
+    assert not [other for other in others if other in meaning]
+
+
+def test_no_change_is_not_called_chance(run, data):
+    copy = without(run)
+    copy["evaluation"]["delta"]["ranking_top1"] = [0.0, 0.0, 0.0]
+    assert report_page(copy, data, "x").count("= no change</span>") == 1
+
+
 @pytest.mark.parametrize("missing", INCOMPLETE)
 def test_parts_may_be_missing(missing, run, data):
     part = without(run, *INCOMPLETE[missing])
@@ -299,10 +331,15 @@ def test_card_has_valid_metadata(run):
     assert ModelCardData(**meta).to_dict() == meta
 
 
-@pytest.mark.parametrize("id", ["~/models/mine", "mine.gguf", HOSTILE])
+@pytest.mark.parametrize("id", ["~/models/mine", "models/mine", "./mine", "mine.gguf", HOSTILE])
 def test_card_of_a_base_that_is_not_on_the_hub(id, run):
     meta = front_matter(model_card(run | {"model": run["model"] | {"id": id}}, "x"))
     assert "base_model" not in meta and meta["license"] == "unknown" and meta["library_name"] == "peft"
+
+
+def test_card_of_a_base_from_the_hub(run):
+    meta = front_matter(model_card(run | {"model": {"id": "Qwen/Qwen3-0.6B", "revision": "c1899de2"}}, "x"))
+    assert meta["base_model"] == "Qwen/Qwen3-0.6B" and meta["license"] == "unknown"
 
 
 def test_card_has_the_results_and_the_limits(run):
@@ -346,10 +383,10 @@ addEventListener("load", () => setTimeout(() => {
     const page = frame.contentDocument.documentElement, view = frame.contentWindow;
     const outside = [...page.querySelectorAll("body *")].filter(e => {
       const box = e.getBoundingClientRect();
-      return !e.closest("svg, .scroll, pre, thead, caption") && (box.right > view.innerWidth + 1 || box.left < -1);
+      return !e.closest("svg, .scroll, pre, thead, caption") && (box.right > page.clientWidth + 1 || box.left < -1);
     });
     return {
-      width: view.innerWidth, scrollWidth: page.scrollWidth, height: page.scrollHeight,
+      width: page.clientWidth, scrollWidth: page.scrollWidth, height: page.scrollHeight,
       dark: view.matchMedia("(prefers-color-scheme: dark)").matches,
       background: view.getComputedStyle(page.querySelector("body")).backgroundColor,
       outside: outside.slice(0, 5).map(e => e.outerHTML.slice(0, 120)),
@@ -402,8 +439,9 @@ def chromium(page: str, folder: Path, dark: bool) -> tuple[list[dict], list[str]
     log = folder / "chromium.log"
     with served(page) as server, log.open("wb") as stderr:
         command = [
-            CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", "--window-size=1800,1000",
-            f"--blink-settings=preferredColorScheme={0 if dark else 1}", f"http://127.0.0.1:{server.server_port}/",
+            CHROMIUM, *flags.split(), f"--user-data-dir={folder / 'profile'}", "--hide-scrollbars",
+            f"--blink-settings=preferredColorScheme={0 if dark else 1}", "--window-size=1800,1000",
+            f"http://127.0.0.1:{server.server_port}/",
         ]  # fmt: skip
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True)
         try:
