@@ -2658,7 +2658,8 @@ def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
 def config_as_json(config: Config) -> dict:
     values = dataclasses.asdict(config)
     values["data"] = [without_home(path) for path in config.data]
-    values["target_modules"] = list(config.target_modules)
+    for key in ("target_modules", "eval_values", "test_values"):
+        values[key] = list(values[key])  # as it is read back
     for key in ("model", "output_dir"):
         values[key] = without_home(values[key]) if values[key] else None
     return {key: value for key, value in values.items() if key not in ("config", "resume", "dry_run")}
