@@ -1369,6 +1369,7 @@ def quicken_cpu(model: PreTrainedModel) -> None:
     import psutil
     import torch
     from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
     from peft.tuners.lora import LoraLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -1385,7 +1386,8 @@ def quicken_cpu(model: PreTrainedModel) -> None:
         ALL_ATTENTION_FUNCTIONS.register("row_by_row", attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("row_by_row", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         model.config._attn_implementation = "row_by_row"
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in adapted if isinstance(module.base_layer, Linear4bit)]  # lm_head may be asked for
     numbers = sum(layer.in_features * layer.out_features for layer in layers)
     if 4 * numbers > psutil.virtual_memory().available / 2:
         return
@@ -2658,7 +2660,8 @@ def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
 def config_as_json(config: Config) -> dict:
     values = dataclasses.asdict(config)
     values["data"] = [without_home(path) for path in config.data]
-    values["target_modules"] = list(config.target_modules)
+    for key in ("target_modules", "eval_values", "test_values"):
+        values[key] = list(values[key])  # as it is read back
     for key in ("model", "output_dir"):
         values[key] = without_home(values[key]) if values[key] else None
     return {key: value for key, value in values.items() if key not in ("config", "resume", "dry_run")}
