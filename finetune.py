@@ -1008,7 +1008,8 @@ def load_for_training(source: Source, config: Config) -> PreTrainedModel:
     return model
 
 
-def add_lora(model: PreTrainedModel, config: Config, source: Source) -> PreTrainedModel:
+def add_lora(model: PreTrainedModel, config: Config, source: Source, checkpointing: bool) -> PreTrainedModel:
+    """New LoRA layers. With `checkpointing` each training may choose it or not; without, it is not prepared for."""
     from transformers import set_seed
 
     set_seed(config.seed)  # LoRA starts the same, however much was measured before
@@ -1021,7 +1022,7 @@ def add_lora(model: PreTrainedModel, config: Config, source: Source) -> PreTrain
             model = FastLanguageModel.get_peft_model(
                 model,
                 r=config.lora_r,
-                use_gradient_checkpointing="unsloth",  # can be turned off for each training
+                use_gradient_checkpointing="unsloth" if checkpointing else False,
                 random_state=config.seed,
                 max_seq_length=config.max_length,
                 **settings,
@@ -1053,6 +1054,7 @@ class Plan:
     updates: int  # at most
     memory: dict[str, float]  # estimates in GiB
     reason: str
+    close: bool = False  # the estimate is near the limit, so a GPU measures before it trusts it
 
     @property
     def total(self) -> float:
@@ -1136,7 +1138,8 @@ def make_plan(config: Config, shape: dict, train: list[Example], memory: float |
     per_epoch = math.ceil(len(train) / batch)
     updates = config.max_steps if config.max_steps > 0 else math.ceil(per_epoch * config.num_train_epochs)
     reason = f"needs about {sum(need.values()):.1f} of {memory:.1f} GiB" + ("" if gpu else " of RAM")
-    return Plan(micro, batch // micro, checkpointing, True, per_epoch, updates, need, reason)
+    close = checkpointing or sum(need.values()) > 0.6 * memory
+    return Plan(micro, batch // micro, checkpointing, True, per_epoch, updates, need, reason, close)
 
 
 def smaller(plan: Plan, reason: str) -> Plan | None:
@@ -1209,7 +1212,7 @@ def train(
             warmup_steps=config.warmup_steps,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
-            optim="adamw_torch_fused",  # one pass over weights, gradients and moments instead of ten
+            optim="adamw_torch" if gpu else "adamw_torch_fused",  # fused, a GPU gained nothing
             bf16=gpu and compute_dtype(config.fp16) == torch.bfloat16,
             fp16=gpu and compute_dtype(config.fp16) == torch.float16,
             use_cpu=not gpu,
@@ -1243,10 +1246,12 @@ def train(
     history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history if checkpoint else []
     if gpu:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 50 ms, for each length of a row
+    if gpu and plan.close:
         plan, trainer = measured_plan(build, plan, examples["train"], free_memory(config))
-        torch.cuda.reset_peak_memory_stats()
     else:
         trainer = build(plan)
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
     show_plan(plan, config)
     while not patience_is_over(history, config.early_stopping_patience):
         try:
@@ -2507,7 +2512,7 @@ def run_job(config: Config, data: Data, source: Source, output: Path, partial: P
     with clock() as measuring, reading(model, source, config) as reader:
         arms, base_losses = measure_base(reader, tokenizer, exam)
     before = mean(arms["before"]["nll"])
-    model = add_lora(model, config, source)
+    model = add_lora(model, config, source, plan.close)
     show_lora(model, config)
     say("Before", f"held-out loss {before:.3f}")
     training, plan = train(model, tokenizer, examples, plan, config, partial)
@@ -2563,7 +2568,7 @@ def evaluate_adapter(config: Config) -> dict:
         with reading(model, source, config) as reader:
             arms, base_losses = measure_base(reader, tokenizer, exam)
         if has_gpu():
-            model = add_lora(model, config, source)
+            model = add_lora(model, config, source, checkpointing=False)
             load_best(model, where)
         with reading(model, source, config, where) as reader:
             arms["after"] = sit_exam(reader, tokenizer, exam)
