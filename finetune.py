@@ -1367,6 +1367,7 @@ def quicken_cpu(model: PreTrainedModel) -> None:
     import psutil
     import torch
     from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
     from peft.tuners.lora import LoraLayer
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -1383,7 +1384,7 @@ def quicken_cpu(model: PreTrainedModel) -> None:
         ALL_ATTENTION_FUNCTIONS.register("row_by_row", attend)
         ALL_MASK_ATTENTION_FUNCTIONS.register("row_by_row", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
         model.config._attn_implementation = "row_by_row"
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and isinstance(m.base_layer, Linear4bit)]
     numbers = sum(layer.in_features * layer.out_features for layer in layers)
     if 4 * numbers > psutil.virtual_memory().available / 2:
         return
