@@ -390,6 +390,23 @@ def fuse(parts: list[Any], dense: bool) -> Any:
     return whole
 
 
+def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention of a few positions to many: on a GPU as two products, which share out the keys among its processors.
+
+    PyTorch's own goes through them one after the other: 150 us instead of 18 at 4096 keys, in each layer.
+    """
+    import torch
+
+    if not query.is_cuda or query.shape[1] > 16:
+        return torch.nn.functional.scaled_dot_product_attention(query[None], keys[None], values[None], attn_mask=mask)[
+            0
+        ]
+    whole = {"out_dtype": torch.float32} if query.dtype != torch.float32 else {}
+    likeness = torch.bmm(query, keys.transpose(1, 2), **whole)
+    shares = torch.add(mask, likeness, alpha=query.shape[-1] ** -0.5).softmax(-1)
+    return torch.bmm(shares.to(query.dtype), values)
+
+
 class Slots:
     """Keys and values that one model has read, at addresses that stay: a CUDA graph needs that."""
 
@@ -522,7 +539,7 @@ class Quick:
     def forward(self, tokens: torch.Tensor, place: torch.Tensor, slots: Slots, key: str | None) -> torch.Tensor:
         """The logits after `tokens`, of which the first stands at `place`; their keys and values go into `slots`."""
         import torch
-        from torch.nn.functional import embedding, rms_norm, scaled_dot_product_attention, silu
+        from torch.nn.functional import embedding, rms_norm, silu
 
         count, group, kv = len(tokens), self.heads // self.kv_heads, self.kv_heads
         end = slots.size if self.graphs else int(place) + count  # a graph cannot have a length that grows
@@ -530,7 +547,7 @@ class Quick:
         cos, sin = slots.cos[places, None], slots.sin[places, None]
         seen = torch.arange(end, device=self.device) <= places[:, None]
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
-        mask = mask.repeat(group, 1)[None, None]
+        mask = mask.repeat(group, 1)
         hidden = embedding(tokens, self.embeddings.weight)
         loras = self.loras[key] if key else [(None,) * len(self.GROUPS)] * len(self.layers)
 
@@ -548,8 +565,8 @@ class Quick:
             keys.index_copy_(1, places, turned[:, -kv:].transpose(0, 1))
             values.index_copy_(1, places, value.transpose(0, 1))
             # Heads that share keys are stacked as if they were further positions: no copy of the keys for each.
-            query = turned[:, :-kv].unflatten(1, (kv, group)).permute(1, 2, 0, 3).reshape(1, kv, group * count, -1)
-            x = scaled_dot_product_attention(query, keys[None, :, :end], values[None, :, :end], attn_mask=mask)
+            query = turned[:, :-kv].unflatten(1, (kv, group)).permute(1, 2, 0, 3).reshape(kv, group * count, -1)
+            x = attend(query, keys[:, :end], values[:, :end], mask)
             x = x.view(kv, group, count, -1).permute(2, 0, 1, 3).reshape(count, -1)
             hidden = hidden + project(x, fused[1], lora[1])
             gate, up = project(norm(hidden, layer.post_attention_layernorm), fused[2], lora[2]).chunk(2, dim=-1)

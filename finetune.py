@@ -1243,11 +1243,12 @@ def train(
     history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history if checkpoint else []
     if gpu:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 50 ms, for each length of a row
-        plan = measured_plan(build, plan, examples["train"], free_memory(config))
+        plan, trainer = measured_plan(build, plan, examples["train"], free_memory(config))
         torch.cuda.reset_peak_memory_stats()
+    else:
+        trainer = build(plan)
     show_plan(plan, config)
     while not patience_is_over(history, config.early_stopping_patience):
-        trainer = build(plan)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             history = trainer.state.log_history
@@ -1262,6 +1263,7 @@ def train(
             checkpoint = last_checkpoint(partial)
         del trainer
         torch.cuda.empty_cache()
+        trainer = build(plan)
         show_plan(plan, config)
     if monitor.interrupted:
         raise KeyboardInterrupt
@@ -1291,8 +1293,8 @@ def stop_out_of_memory() -> NoReturn:
     raise BadInput("not even one row at a time fits the memory; free some, or lower --max-length or --lora-r")
 
 
-def measured_plan(build: Callable, plan: Plan, train: list[Example], memory: float) -> Plan:
-    """The fastest plan that a forward and backward over the longest rows shows to fit, rather than an estimate."""
+def measured_plan(build: Callable, plan: Plan, train: list[Example], memory: float) -> tuple[Plan, Any]:
+    """The fastest plan that a forward and backward over the longest rows shows to fit, and its trainer."""
     batch = plan.micro_batch_size * plan.gradient_accumulation_steps
     for rows, checkpointing in choices(batch, gpu=True):
         longest = sum(sorted((len(example.input_ids) for example in train), reverse=True)[:rows])
@@ -1304,11 +1306,11 @@ def measured_plan(build: Callable, plan: Plan, train: list[Example], memory: flo
             gradient_accumulation_steps=batch // rows,
             gradient_checkpointing=checkpointing,
         )
-        peak = probe(build(planned), train, planned)
+        trainer = build(planned)
+        peak = probe(trainer, train, planned)
         if peak < 0.95 * memory:
-            return dataclasses.replace(
-                planned, reason=f"measured {peak:.1f} of {memory:.1f} GiB on the longest {longest} tokens"
-            )
+            reason = f"measured {peak:.1f} of {memory:.1f} GiB on the longest {longest} tokens"
+            return dataclasses.replace(planned, reason=reason), trainer
     stop_out_of_memory()
 
 

@@ -359,7 +359,8 @@ def chat_ours(options: argparse.Namespace) -> list[dict]:
         result[key] = round(engine.answer(QUESTION, who, settings).tokens_per_second, 1)
         result[f"{key}, sampled"] = round(engine.answer(QUESTION, who, sampled).tokens_per_second, 1)
     first = engine.answer(long, name, settings)
-    turns = [*long, {"role": "assistant", "content": first.text}, FOLLOW_UP]
+    # Not its own answer: noise is not cut into the same tokens again, and would be read a second time.
+    turns = [*long, {"role": "assistant", "content": "That depends."}, FOLLOW_UP]
     second = engine.answer(turns, name, settings)
     result |= {
         "turn 1 tokens": first.prompt_tokens,
