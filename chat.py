@@ -352,10 +352,10 @@ class Detokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def fuse(parts: list[Any]) -> Any:
+def fuse(parts: list[Any], dense: bool) -> Any:
     """4-bit layers that read the same input as one: their rows under each other, so one kernel does the work of three.
 
-    On a GPU the parts become views of it, and the weights are in memory once.
+    On a GPU the parts become views of it, and the weights are in memory once. `dense` dequantizes once, on a CPU.
     """
     import torch
     from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, has_avx512bf16
@@ -384,7 +384,7 @@ def fuse(parts: list[Any]) -> Any:
     if weight.device.type == "cuda":
         for part, own, scale in zip(parts, weight.split(rows), absmax.split(rows), strict=True):
             part.weight = layer(own, scale, None).weight
-    elif not has_avx512bf16():  # bitsandbytes would dequantize at every token
+    elif dense or not has_avx512bf16():  # bitsandbytes would dequantize at every token
         dense = dequantize_4bit(whole.weight, whole.weight.quant_state)
         return lambda x: torch.nn.functional.linear(x, dense, bias)
     return whole
@@ -441,6 +441,7 @@ class Quick:
     )
 
     def __init__(self, network: Any):
+        import psutil
         import torch
 
         config, inner = network.config, network.model
@@ -449,7 +450,12 @@ class Quick:
         self.device, self.dtype = network.device, inner.embed_tokens.weight.dtype
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_size = self.layers[0].self_attn.head_dim
-        self.fused = [[fuse(self.parts(layer, block, names)) for block, names in self.GROUPS] for layer in self.layers]
+        # Where a CPU has AVX512-BF16, bitsandbytes multiplies in bf16. That is half as fast again, but near ties then
+        # fall either way: an answer with its cache reused would differ from one without. So fp32 if memory allows.
+        groups = [[self.parts(layer, block, names) for block, names in self.GROUPS] for layer in self.layers]
+        numbers = sum(part.in_features * part.out_features for parts in itertools.chain(*groups) for part in parts)
+        dense = 4 * numbers < psutil.virtual_memory().available / 2
+        self.fused = [[fuse(parts, dense) for parts in layer] for layer in groups]
         self.loras: dict[str, list] = {}
         self.scaling: dict[str, dict[int, float]] = {}
         self.strength: dict[str, float] = {}
