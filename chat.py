@@ -385,8 +385,8 @@ def fuse(parts: list[Any], dense: bool) -> Any:
         for part, own, scale in zip(parts, weight.split(rows), absmax.split(rows), strict=True):
             part.weight = layer(own, scale, None).weight
     elif dense or not has_avx512bf16():  # bitsandbytes would dequantize at every token
-        dense = dequantize_4bit(whole.weight, whole.weight.quant_state)
-        return lambda x: torch.nn.functional.linear(x, dense, bias)
+        numbers = dequantize_4bit(whole.weight, whole.weight.quant_state)
+        return lambda x: torch.nn.functional.linear(x, numbers, bias)
     return whole
 
 
@@ -684,11 +684,12 @@ class Model:
     cache: Any = None
     ids: list[int] = dataclasses.field(default_factory=list)  # the tokens that the cache holds
     strength: float = 1.0
+    plain: bool = False  # the slow way even where there is a fast one: they round differently
 
     @property
     def quick(self) -> Quick | None:
         """The fast way to run it, if it is one of the models and adapters that have one."""
-        quick = self.base.quick
+        quick = None if self.plain else self.base.quick
         return quick if quick and (self.key is None or self.key in quick.loras) else None
 
 
@@ -746,7 +747,7 @@ class Engine:
         if model.quick:
             self.advance(model, own.argmax()[None])
         if model.key:
-            base = dataclasses.replace(model, key=None, cache=None, ids=[])
+            base = dataclasses.replace(model, key=None, cache=None, ids=[], plain=model.quick is None)
             self.rewind(base, ids, 1.0)
             model.no_effect = torch.allclose(own, self.read(base, ids, None), rtol=0, atol=1e-6)
 

@@ -226,7 +226,7 @@ def train_unsloth(options: argparse.Namespace) -> list[dict]:
 def train_ours(options: argparse.Namespace) -> list[dict]:
     """finetune.py's own functions, in the order of its job; `--max-vram` as there."""
     if finetune.has_gpu():
-        import unsloth  # noqa: F401
+        import unsloth
     source = source_of(options.model)
     tokenizer = finetune.load_tokenizer(source.folder)
     config = finetune.settle(finetune.Config(max_vram=options.max_vram), source.config)
@@ -234,12 +234,14 @@ def train_ours(options: argparse.Namespace) -> list[dict]:
     finetune.console.quiet = True
     sides = examples(tokenizer, config)
     sides["eval"] = sides["eval"][:4]
-    model = finetune.add_lora(finetune.load_for_training(source, config), config, source)
+    model = finetune.add_lora(finetune.load_for_training(source, config), config, source, checkpointing=True)
     results = []
     for batch in options.batches:
         own = dataclasses.replace(config, effective_batch_size=batch, max_steps=WARM_UP + options.steps + 1)
         watch = stopwatch(options.steps, mean_length(sides["train"]))
         plan = finetune.make_plan(own, source.config, sides["train"], finetune.free_memory(own))
+        if finetune.has_gpu() and not plan.close:  # the model may stand as the batch before left it
+            unsloth.FastLanguageModel.for_training(model, use_gradient_checkpointing=False)
         partial = Path(tempfile.mkdtemp())
         _, plan = finetune.train(model, tokenizer, sides, plan, own, partial, callbacks=(watch,))
         names = finetune.PLAN_IN_RUN_JSON

@@ -100,7 +100,7 @@ def train_adapter(source: finetune.Source, folder: Path, pairs: list[tuple[str, 
     config = finetune.Config(**{"lora_dropout": 0.0} | lora)
     tokenizer = finetune.load_tokenizer(source.folder, source.id)
     torch.manual_seed(0)
-    model = finetune.add_lora(finetune.load_for_training(source, config), config, source).train()
+    model = finetune.add_lora(finetune.load_for_training(source, config), config, source, checkpointing=False).train()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=5e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)

@@ -67,7 +67,8 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         source.folder, quantization_config=quantization, dtype=torch.float32, device_map={"": device}
     ).dequantize()  # the same numbers, dequantized once
     finetune.autocast = lambda model, half=False: torch.autocast(device, enabled=False)
-    general = finetune.general_answers(model, tokenizer, seed=42)
+    set_seed(42)
+    general = sampled_answers(model, tokenizer)
 
     def measure() -> dict:
         losses = {side: finetune.answer_nll(model, tokenizer, examples[side]) for side in ("eval", "test")}
@@ -117,6 +118,27 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         "recipe": name, "seed": seed, "epochs": epochs, "groups": groups_of_test, "patience": recipe["patience"],
         "seconds": round(time.monotonic() - began, 1), "model": source.id, "device": device,
     }  # fmt: skip
+
+
+def sampled_answers(model, tokenizer) -> list:
+    """General prompts with what the base says to them at temperature 1: the rise of the loss on it estimates the KL
+    divergence from the base. (finetune.py's `retention` takes the base's greedy answers.)"""
+    import torch
+    from transformers import GenerationConfig
+
+    settings = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=40, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    result = []
+    for prompt in json.loads((finetune.HERE / "data/general_prompts.json").read_text(encoding="utf-8")):
+        messages = [{"role": "user", "content": prompt}]
+        ids = finetune.chat_ids(tokenizer, messages, add_generation_prompt=True)
+        with torch.inference_mode():
+            out = model.generate(input_ids=torch.tensor([ids], device=model.device), generation_config=settings)
+        row = finetune.Row(tuple(messages), "", "general_prompts.json")
+        result.append(finetune.Example(row, out[0].tolist(), len(ids)))
+    return result
 
 
 def padded(batch: list, pad: int, scope: str) -> tuple:

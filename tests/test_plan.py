@@ -33,7 +33,7 @@ def trained(config, tiny_model, tmp_path):
     def call(micro: int, checkpointing: bool = False, callbacks: tuple = (), **changes):
         own = dataclasses.replace(config, **changes)
         set_seed(own.seed)
-        model = finetune.add_lora(finetune.load_for_training(source, own), own, source)
+        model = finetune.add_lora(finetune.load_for_training(source, own), own, source, checkpointing=True)
         plan = finetune.make_plan(own, source.config, examples["train"], None)
         batch = own.effective_batch_size
         plan = dataclasses.replace(

@@ -71,7 +71,7 @@ def test_tokens_of_base_adapter_and_strength(embedded, tmp_path, exact):
     assert answer(engine, "some", question, off) == base
 
 
-def test_slots_grow_and_a_second_turn_reads_only_what_is_new(tiny_model, tmp_path, monkeypatch):
+def test_slots_grow_and_a_second_turn_reads_only_what_is_new(tiny_model, tmp_path, monkeypatch, exact):
     source = finetune.find_model(str(tiny_model), gpu=False)
     monkeypatch.setattr(chat, "SLOTS", 64)
     engine = chat.Engine(source, num_ctx=512)
@@ -87,7 +87,7 @@ def test_slots_grow_and_a_second_turn_reads_only_what_is_new(tiny_model, tmp_pat
     assert second.ids == chat.Engine(source, num_ctx=512).answer(turns, "base", settings).ids
 
 
-def test_an_adapter_that_is_more_than_lora_takes_the_plain_path(tiny_model, tmp_path):
+def test_an_adapter_that_is_more_than_lora_takes_the_plain_path(tiny_model, tmp_path, exact):
     from peft import LoraConfig, get_peft_model
 
     source = finetune.find_model(str(tiny_model), gpu=False)

@@ -32,7 +32,7 @@ def finished(tmp_path_factory, embedded):
     """A short run of the default model on the sample data: (folder of the adapter, what the screen showed)."""
     cwd = tmp_path_factory.mktemp("job")
     flags = ["--data", ROOT / "data/faq_sample.json", "--max-steps", 20, "--learning-rate", "1e-3"]
-    flags += ["--max-new-tokens", 40, "--eval-fraction", 0.06]
+    flags += ["--max-new-tokens", 40, "--eval-fraction", 0.06, "--eval-questions", 10]
     command = [sys.executable, ROOT / "finetune.py", *flags]
     done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -45,11 +45,11 @@ def test_the_job_learns_and_leaves_a_whole_folder(finished):
     assert run["status"] == "complete" and not folder.with_name(folder.name + ".partial").exists()
     assert run["evaluation"]["after"]["nll"] < run["evaluation"]["before"]["nll"] - 0.3
     assert run["training"]["steps"] == 20 and run["training"]["log"][0]["step"] == 1
-    assert len(run["evaluation"]["after"]["answers"]) == 10
+    assert len(run["evaluation"]["after"]["answers"]) == 10 == len(run["evaluation"]["before"]["answers"])
     assert not set(run["data"]["train_ids"]) & set(run["data"]["eval_ids"])
     files = {path.name for path in folder.iterdir()}
     assert files >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"}
-    assert files >= {"run.json", "README.md", "loss.png"}
+    assert files >= {"run.json", "README.md", "report.html", "loss.png"}
     assert not [name for name in files if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
 
 
@@ -57,7 +57,8 @@ def test_screen_shows_the_report_and_nothing_else(finished):
     _, done = finished
     assert done.stderr == ""
     labels = [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
-    expected = ["Data", "Model", "LoRA", "Plan", "Before", "After", "Question", "Reference", "Before", "After", "Saved"]
+    expected = ["Data", "Model", "LoRA", "Before", "Plan", "After", "Training", "Question", "Reference", "Before"]
+    expected += ["After", "Verdict", "Saved"]
     assert [label for label in labels if label in expected] == expected
     assert "\x1b" not in done.stdout and "Warning" not in done.stdout and "🦥" not in done.stdout
 
@@ -173,7 +174,7 @@ def test_updates_are_those_of_a_plain_loop(faq, tiny_model, tmp_path, monkeypatc
     examples = finetune.encode(tokenizer, data.train, 2048)
     set_seed(config.seed)
     model = finetune.load_4bit(source, torch.float32)
-    model = finetune.add_lora(model, config, source).train()
+    model = finetune.add_lora(model, config, source, checkpointing=False).train()
     width = max(len(e.input_ids) for e in examples)
     ids = torch.tensor([e.input_ids + [tokenizer.pad_token_id] * (width - len(e.input_ids)) for e in examples])
     mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for e in examples])

@@ -1,0 +1,237 @@
+"""The numbers and the verdict: against plain computations, and on trainings whose verdict is known beforehand."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, rows
+
+import finetune
+from finetune import Config
+
+
+@pytest.fixture(scope="module")
+def base(embedded):
+    """(tokenizer, base model as it is measured)"""
+    with finetune.reading(None, embedded, Config()) as model:
+        yield finetune.load_tokenizer(embedded.folder), model
+
+
+def examples_of(tokenizer, count=12):
+    found = [
+        finetune.Row(({"role": "user", "content": r["question"]},), r["answer"], f"row {n}")
+        for n, r in enumerate(rows(count), 1)
+    ]
+    return finetune.encode(tokenizer, found, 512)
+
+
+def plain_log_p(model, prompt: list[int], answer: list[int]) -> float:
+    """Sum of the log-probabilities of the answer's tokens: one row, all logits, nothing clever."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0].double()
+    log_p = torch.log_softmax(logits, -1)
+    return sum(log_p[len(prompt) + n - 1, token].item() for n, token in enumerate(answer))
+
+
+def test_nll_is_the_mean_over_the_answers_tokens(base):
+    tokenizer, model = base
+    examples = examples_of(tokenizer, 5)
+    for example, nll in zip(examples, finetune.answer_nll(model, tokenizer, examples), strict=True):
+        prompt, answer = example.input_ids[: example.prompt_length], example.input_ids[example.prompt_length :]
+        assert nll == pytest.approx(-plain_log_p(model, prompt, answer) / len(answer), abs=1e-4)
+
+
+def test_ranking_is_the_gain_from_the_question(base):
+    tokenizer, model = base
+    examples = examples_of(tokenizer, 12)
+    candidates = [[0, 3, 5, 7], [1, 0, 2, 9], [2, 11, 10, 4]]
+    exam = finetune.Exam(examples, [], list(range(12)), [], [], candidates, 3, 8)
+    neutral = tokenizer.apply_chat_template(
+        [{"role": "user", "content": finetune.NEUTRAL}], add_generation_prompt=True, return_dict=False
+    )
+    expected = []
+    for question, places in enumerate(candidates):
+        prompt = examples[question].input_ids[: examples[question].prompt_length]
+        gains = []
+        for place in places:
+            answer = examples[place].input_ids[examples[place].prompt_length :]
+            gains.append(plain_log_p(model, prompt, answer) - plain_log_p(model, neutral, answer))
+        expected.append(float(max(gains) == gains[0]))
+    assert finetune.rank_answers(model, tokenizer, exam, examples) == expected
+
+
+def test_batched_answers_are_those_of_one_at_a_time(base):
+    tokenizer, model = base
+    examples = examples_of(tokenizer, 6)
+    together, _ = finetune.greedy_answers(model, tokenizer, examples, 24)
+    assert together == [finetune.greedy_answers(model, tokenizer, [example], 24)[0][0] for example in examples]
+    assert len({e.prompt_length for e in examples}) > 1  # so there was something to pad
+
+
+def test_chrf_and_rouge_by_hand():
+    """chrF: F2 of the precision and recall of character n-grams, averaged over n = 1 to 6, spaces left out."""
+    answer, reference = "the deductible is paid first", "you pay the deductible first"
+
+    def grams(text, n):
+        text = text.replace(" ", "")
+        return [text[i : i + n] for i in range(len(text) - n + 1)]
+
+    precision, recall = [], []
+    for n in range(1, 7):
+        ours, theirs = grams(answer, n), grams(reference, n)
+        common = sum(min(ours.count(g), theirs.count(g)) for g in set(ours))
+        precision.append(common / len(ours))
+        recall.append(common / len(theirs))
+    p, r = sum(precision) / 6, sum(recall) / 6
+    assert finetune.chrf(answer, reference) == pytest.approx(100 * 5 * p * r / (4 * p + r), abs=0.5)
+    assert finetune.rouge_l(answer, reference) == pytest.approx(2 * 3 / 10)  # the, deductible, first
+
+
+def test_bootstrap_draws_whole_groups():
+    values = [1.0, 1.0, 1.0, 1.0, 5.0, 5.0, 5.0, 5.0]
+    middle, low, high = finetune.bootstrap(values, [0, 0, 0, 0, 1, 1, 1, 1], seed=0)
+    assert (middle, low, high) == (3.0, 1.0, 5.0)  # two groups: a quarter of the draws hold only one of them
+    _, low, high = finetune.bootstrap(values * 20, list(range(160)), seed=0)
+    spread = 1.96 * 2 / math.sqrt(160)
+    assert low == pytest.approx(3 - spread, abs=0.05) and high == pytest.approx(3 + spread, abs=0.05)
+    assert finetune.bootstrap(values, [0] * 4 + [1] * 4, 7) == finetune.bootstrap(values, [0] * 4 + [1] * 4, 7)
+
+
+def evaluation(**changes) -> dict:
+    """What judge() reads, of a run that helped; then the changes, by "part.key"."""
+    result = {
+        "before": {"ranking_top1": 0.7},
+        "after": {"ranking_top1": 0.8, "chrf": 30.0},
+        "prompted": {"chrf": 20.0},
+        "delta": {
+            "nll": [-0.5, -0.6, -0.4],
+            "ranking_top1": [0.1, -0.1, 0.2],
+            "chrf_vs_prompted": [10.0, 5.0, 15.0],
+        },
+        "retention": {"before": 2.0, "after": 2.05, "change_percent": 2.5},
+        "ranking_interval": [0.8, 0.6, 0.9],
+        "ranking_chance": 0.1,
+    }
+    for key, value in changes.items():
+        part, _, inner = key.partition("__")
+        if inner:
+            result[part][inner] = value
+        else:
+            result[part] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("label", "changes"),
+    [
+        ("helped", {}),
+        ("helped", {"retention": {"before": 2.0, "after": 2.3, "change_percent": 15.0}}),  # less than was gained
+        ("harmed", {"retention": {"before": 2.0, "after": 2.6, "change_percent": 30.0}}),  # more than was gained
+        ("harmed", {"delta__nll": [0.2, 0.1, 0.3]}),
+        ("no evidence", {"delta__nll": [-0.1, -0.3, 0.1]}),
+        ("no evidence", {"delta__nll": [0.1, -0.1, 0.3]}),
+        ("style only", {"delta__ranking_top1": [-0.05, -0.1, 0.0]}),
+        ("style only", {"delta__chrf_vs_prompted": [-1.0, -2.0, 1.0]}),
+        ("style only", {"ranking_interval": [0.12, 0.05, 0.2]}),  # no better than guessing
+    ],
+)
+def test_verdict_follows_its_rules_and_names_its_numbers(label, changes):
+    given = evaluation(**changes)
+    verdict = finetune.judge(given)
+    assert verdict["label"] == label and verdict["sentence"].startswith(label + ": ")
+    assert f"{given['delta']['nll'][0]:+.2f}" in verdict["sentence"] and "30.0" in verdict["sentence"]
+
+
+def small_job(tmp_path, monkeypatch, table: list[dict], **settings) -> dict:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "faq.json"
+    path.write_text(json.dumps(table), encoding="utf-8")
+    return finetune.run_evaluation(Config(data=(path,), eval_questions=10, max_new_tokens=32, **settings))
+
+
+def test_shuffled_answers_are_never_called_helped(embedded, tmp_path, monkeypatch):
+    """Each question with another's answer: the style can be learned, and nothing else."""
+    table = rows(72)
+    answers = [row["answer"] for row in table]
+    random.Random(5).shuffle(answers)
+    shuffled = [{"question": row["question"], "answer": a} for row, a in zip(table, answers, strict=True)]
+    run = small_job(tmp_path, monkeypatch, shuffled, max_steps=24)
+    assert run["evaluation"]["delta"]["nll"][2] < 0  # by the loss alone it would have been a success
+    assert run["evaluation"]["verdict"]["label"] in ("style only", "harmed"), run["evaluation"]["verdict"]
+
+
+def test_training_on_the_bases_own_answers_is_not_called_harmed(base, embedded, tmp_path, monkeypatch):
+    tokenizer, model = base
+    examples = examples_of(tokenizer, 60)
+    answers, _ = finetune.greedy_answers(model, tokenizer, examples, 50)
+    table = [{"question": e.row.question, "answer": a} for e, a in zip(examples, answers, strict=True) if a.strip()]
+    run = small_job(tmp_path, monkeypatch, table, max_steps=12)
+    assert run["evaluation"]["verdict"]["label"] != "harmed", run["evaluation"]["verdict"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model):
+    """A run of the tiny model, which learns nothing of use: (folder it ran in, its adapter, the process)."""
+    cwd = tmp_path_factory.mktemp("evidence")
+    (cwd / "faq.json").write_text(json.dumps(rows(40)), encoding="utf-8")
+    flags = ["--data", "faq.json", "--model", str(tiny_model), "--max-steps", "2", "--max-new-tokens", "8"]
+    command = [sys.executable, str(ROOT / "finetune.py"), *flags, "--require-improvement"]
+    return cwd, cwd / "adapters/faq-tiny-mistral", subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_require_improvement_exits_with_3(finished):
+    _, adapter, done = finished
+    assert done.returncode == 3, done.stderr
+    assert json.loads((adapter / "run.json").read_text())["evaluation"]["verdict"]["label"] != "helped"
+
+
+def test_evaluate_gives_the_numbers_of_the_run(finished):
+    cwd, adapter, _ = finished
+    saved = json.loads((adapter / "run.json").read_text())["evaluation"]
+    before = {path: path.stat().st_mtime_ns for path in adapter.iterdir()}
+    code = (
+        "import sys, json, pathlib; sys.path.insert(0, sys.argv[1]); import finetune; "
+        "config = finetune.parse(['--evaluate', 'faq-tiny-mistral']); "
+        "pathlib.Path('again.json').write_text(json.dumps(finetune.evaluate_adapter(config)['evaluation']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    again = json.loads((cwd / "again.json").read_text())
+    for arm in ("before", "prompted", "after"):
+        assert again[arm]["nll"] == pytest.approx(saved[arm]["nll"], abs=1e-6)
+        assert again[arm]["answers"] == saved[arm]["answers"]
+    assert again["verdict"] == saved["verdict"] and again["memorization"] == saved["memorization"]
+    assert {path: path.stat().st_mtime_ns for path in adapter.iterdir()} == before  # nothing was written
+
+
+def test_evaluate_says_when_its_rows_are_gone(finished, run, tmp_path):
+    _, adapter, _ = finished
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(rows(80)[40:]), encoding="utf-8")
+    done = run("--evaluate", adapter, "--data", other)
+    assert done.returncode == 2 and "40 of the rows" in done.stderr and "Traceback" not in done.stderr
+    missing = run("--evaluate", "nowhere")
+    assert missing.returncode == 2 and "no finished run" in missing.stderr
+
+
+def test_a_split_of_ones_own_is_kept(tmp_path, tiny_model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = [row | {"fold": n % 5} for n, row in enumerate(rows(50))]
+    (tmp_path / "faq.json").write_text(json.dumps(table), encoding="utf-8")
+    config = Config(
+        data=(finetune.Path("faq.json"),), model=str(tiny_model), split_field="fold", eval_values=("3",),
+        test_values=("4",), max_steps=2, max_new_tokens=4, eval_questions=4,
+    )  # fmt: skip
+    run = finetune.run_evaluation(config)
+    by_fold: dict[int, set] = {}
+    for number, row in enumerate(table):
+        found = finetune.Row(({"role": "user", "content": row["question"]},), row["answer"], "")
+        by_fold.setdefault(number % 5, set()).add(found.id)
+    assert set(run["data"]["eval_ids"]) == by_fold[3] and set(run["data"]["test_ids"]) == by_fold[4]
+    assert set(run["data"]["train_ids"]) == by_fold[0] | by_fold[1] | by_fold[2]
+    assert [q["id"] for q in run["evaluation"]["questions"]] == run["data"]["test_ids"]
