@@ -60,7 +60,6 @@ TOP = 3  # choices shown where two answers part
 PROBE = "What does this cover?"  # an adapter that changes no logit here has no effect
 NEAR = 55  # token_sort_ratio from which a training question counts as near
 NARROW = 38  # columns of /compare narrower than this stand under each other
-BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # reorder what stands around them: never shown raw either
 
 # name -> (type, lowest, highest, help); the names are ollama's
 PARAMETERS: dict[str, tuple[type, float, float, str]] = {
@@ -158,7 +157,7 @@ def parse_parameter(name: str, text: str, shown: str) -> float | int | None:
 def clean(text: str) -> str:
     """Nothing that a terminal obeys: no escape sequences, no carriage returns, no reordering."""
     text = finetune.clean(text.replace("\r\n", "\n").replace("\r", "\n").expandtabs(4))
-    return BIDI.sub("\N{REPLACEMENT CHARACTER}", text)
+    return finetune.BIDI.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def brief(error: Exception) -> str:

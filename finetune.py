@@ -67,7 +67,7 @@ LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
 MIN_ROWS = 20  # below this a held-out split says nothing
 MAX_PROBLEMS_SHOWN = 20
 ALIKE_WHOLE, ALIKE_RARE = 75, 80  # near-duplicates: token_sort_ratio of whole questions, and of their rarer words
-EVAL_QUESTIONS = {"gpu": 200, "cpu": 16}  # answered and ranked at most; the loss is measured on all held-out ones
+EVAL_QUESTIONS = {"gpu": 200, "cpu": 10}  # answered and ranked at most; the loss is measured on all held-out ones
 EVAL_BATCH = {"gpu": 32, "cpu": 64}  # rows answered at a time; 32 of a 7B take 1 GiB of cache
 RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
 BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: length costs no training
@@ -139,7 +139,7 @@ class Config:
     max_length: int = 2048  # In tokens. A row that would be cut is an error, not a surprise.
     # evidence
     eval_fraction: float = 0.2  # Share of the rows held out; near-duplicates stay on one side.
-    eval_questions: int | None = None  # Held-out questions to answer and rank, at most. Default: GPU 200, CPU 16.
+    eval_questions: int | None = None  # Held-out questions to answer and rank, at most. Default: GPU 200, CPU 10.
     max_new_tokens: int | None = None  # Length limit of an answer. Default: 1.5 times the longest training answer.
     require_improvement: bool = False  # Exit with 3 unless the verdict is "helped".
     seed: int = 42  # Of split, LoRA initialization, order of rows and dropout.
@@ -246,6 +246,7 @@ def settle(config: Config, shape: dict) -> Config:
 # Data: files -> rows, with every problem found at once. No torch here.
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffd\ud800-\udfff]")
+BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # these reorder the text around them, on a screen or a page
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -1948,10 +1949,6 @@ def plot_losses(run: dict, path: Path) -> None:
     axes.set(xlabel="update", ylabel="loss (nats a token)", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-# Text directions can be turned by these; a page shows them as a mark instead of reordering what stands around them.
-BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
 def harmless(value: Any) -> Any:
