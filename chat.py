@@ -384,8 +384,8 @@ def fuse(parts: list[Any], dense: bool) -> Any:
         for part, own, scale in zip(parts, weight.split(rows), absmax.split(rows), strict=True):
             part.weight = layer(own, scale, None).weight
     elif dense or not has_avx512bf16():  # bitsandbytes would dequantize at every token
-        dense = dequantize_4bit(whole.weight, whole.weight.quant_state)
-        return lambda x: torch.nn.functional.linear(x, dense, bias)
+        numbers = dequantize_4bit(whole.weight, whole.weight.quant_state)
+        return lambda x: torch.nn.functional.linear(x, numbers, bias)
     return whole
 
 
@@ -899,8 +899,7 @@ class Engine:
     ) -> Iterator[Piece]:
         """All the models' answers, some tokens each in turn, each the same as if it were alone.
 
-        Not in one batch: a mixed batch of two rounds differently from two of one, and a comparison must not. It would
-        win little: 77 ms instead of 94 for a token of each on 2 cores, and on a GPU it would lose the captured graph.
+        Not in one batch: a mixed batch of two rounds differently from two of one, and a comparison must not.
         """
         seed = random_seed() if settings.seed is None else settings.seed
         settings = dataclasses.replace(settings, seed=seed)
@@ -2136,7 +2135,7 @@ def chat(config: Config, source: Source, adapters: list[Adapter]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    # Threads that spin while they wait make a token ten times slower as soon as anything else runs on the machine.
+    # Threads that spin while they wait starve each other as soon as anything else wants the same cores.
     for name, value in {**finetune.QUIET, "OMP_WAIT_POLICY": "PASSIVE"}.items():
         os.environ.setdefault(name, value)
     logging.disable(logging.WARNING)
