@@ -142,6 +142,6 @@ def test_plan_keeps_the_update_and_fits_the_memory(memory, micro, checkpointing)
     }  # fmt: skip
     row = finetune.Row(({"role": "user", "content": "?"},), "!", "")
     train = [finetune.Example(row, [1] * 110, 40)] * 200
-    plan = finetune.make_plan(finetune.Config(), shape, train, memory)
+    plan = finetune.make_plan(finetune.settle(finetune.Config(), shape), shape, train, memory)
     assert plan.micro_batch_size * plan.gradient_accumulation_steps == 4
     assert (plan.micro_batch_size, plan.gradient_checkpointing) == (micro, checkpointing)

@@ -245,12 +245,13 @@ def test_marks_are_the_words_the_reference_lacks():
 
 
 MEANINGS = {  # held-out loss, chrF against the prompted base, ranking, retention in % -> what the page says of it
-    "lost elsewhere": ((-0.5, -0.6, -0.4), 5.0, 0.0, 12.0, "Harmed", "but lost much of what it could do elsewhere"),
+    "lost elsewhere": ((-0.5, -0.6, -0.4), 5.0, 0.0, 60.0, "Harmed", "but lost much of what it could do elsewhere"),
     "worse here": ((0.5, 0.4, 0.6), 5.0, 0.0, 2.0, "Harmed", "finds the right answers less likely"),
     "a prompt does as well": ((-0.5, -0.6, -0.4), -1.0, 0.0, 2.0, "Style only", "told to be brief comes as close"),
     "cannot tell": ((-0.5, -0.6, -0.4), 5.0, -0.3, 2.0, "Style only", "tell right answers from wrong ones"),
     "chance": ((-0.1, -0.3, 0.1), 5.0, 0.0, 2.0, "No evidence", "may be chance"),
-    "fine": ((-0.5, -0.6, -0.4), 5.0, 0.0, 2.0, "Helped", "finds the right answers more likely"),
+    "fine": ((-0.5, -0.6, -0.4), 5.0, 0.0, 2.0, "Helped", "changed little"),
+    "at a cost": ((-0.5, -0.6, -0.4), 5.0, 0.0, 20.0, "Helped", "It came at a cost"),
 }
 
 
@@ -260,7 +261,8 @@ def test_page_says_why(case, run, data):
     copy = without(run)
     evaluation = copy["evaluation"]
     evaluation["delta"] |= {"nll": nll, "ranking_top1": [ranking] * 3, "chrf_vs_prompted": [chrf] * 3}
-    evaluation["retention"]["change_percent"] = retention
+    kept = evaluation["retention"]
+    kept |= {"after": kept["before"] * (1 + retention / 100), "change_percent": retention}
     evaluation["verdict"] = judge(evaluation)
     page = report_page(copy, data, "x")
     [meaning] = re.findall(r'<p class="meaning">(.*?)</p>', page)
@@ -358,7 +360,7 @@ def test_card_has_the_results_and_the_limits(run):
 
 def test_card_says_harmed_when_it_harmed(run):
     worse = without(run)
-    worse["evaluation"]["retention"]["change_percent"] = 40.0
+    worse["evaluation"]["retention"] |= {"after": 6.55, "change_percent": 400.0}
     worse["evaluation"]["verdict"] = judge(worse["evaluation"])
     assert "**Harmed: " in model_card(worse, "x")
 

@@ -113,6 +113,8 @@ quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", 
                                   bnb_4bit_compute_dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(base, quantization_config=quantization, dtype=torch.float32)
+for module in model.modules():  # where a CPU has AVX512-BF16, bitsandbytes would compute in bf16 whatever was asked
+    module.support_avx512bf16_for_cpu = False
 model = PeftModel.from_pretrained(model, folder).eval()
 answers = []
 for question in questions:
@@ -151,7 +153,7 @@ def test_dry_run_writes_nothing(run, faq, tiny_model, tmp_path):
     done = run("--data", faq, "--model", tiny_model, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert all(
-        word in done.stdout for word in ("36 train, 4 held out", "trained", "tokens, mean", "updates", "GiB", "min")
+        word in done.stdout for word in ("32 train, 8 held out", "trained", "tokens, mean", "updates", "GiB", "min")
     )
     assert set(tmp_path.iterdir()) == {faq}
 
