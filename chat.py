@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 BASE = "base"  # the name under which the model without adapter answers
 SLOTS = 512  # places of a model's first cache, doubled when full: attention works through all of them
 PREFILL = 512  # prompt tokens read in one forward: Ctrl-C is heard between two of them
+WINDOW = 64  # prompt tokens that a CUDA graph reads at a time, as many as a next question has
 REPEAT_LAST = 64  # tokens that repeat_penalty looks back over, as in ollama
 TURN_LENGTH = 8  # tokens a model writes in /compare before the next one's turn: switching adapters costs a little
 TOP = 3  # choices shown where two answers part
@@ -421,7 +422,8 @@ class Slots:
         places = torch.arange(size, device=quick.device)
         self.cos, self.sin = (table[0].to(quick.dtype) for table in quick.rotate(self.keys, places[None]))
         self.sin = torch.cat([-self.sin[:, : quick.head_size // 2], self.sin[:, quick.head_size // 2 :]], dim=1)
-        self.token, self.place = torch.zeros((2, 1), dtype=torch.long, device=quick.device)
+        self.token, self.place, self.last = torch.zeros((3, 1), dtype=torch.long, device=quick.device)
+        self.window = torch.zeros(WINDOW, dtype=torch.long, device=quick.device)
         self.logits = torch.zeros(quick.head.weight.shape[0], device=quick.device)
 
 
@@ -429,7 +431,8 @@ class Quick:
     """A Llama-like network as one stream of tokens wants it, with the weights of transformers' and PEFT's modules.
 
     Those launch 45 kernels a layer and 8 more a LoRA, and no processor feeds a GPU that fast. Here projections of one
-    input are one product, LoRA adds two small ones, and on a GPU a step of one token is a CUDA graph, replayed.
+    input are one product, LoRA adds two small ones, and on a GPU a step of one token is a CUDA graph, replayed; so is
+    the reading of a short question.
     """
 
     GROUPS = (
@@ -535,8 +538,13 @@ class Quick:
             row += part.out_features
         return down.to(self.dtype).T, up.to(self.dtype).T
 
-    def forward(self, tokens: torch.Tensor, place: torch.Tensor, slots: Slots, key: str | None) -> torch.Tensor:
-        """The logits after `tokens`, of which the first stands at `place`; their keys and values go into `slots`."""
+    def forward(
+        self, tokens: torch.Tensor, place: torch.Tensor, slots: Slots, key: str | None, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The logits after `tokens`, of which the first stands at `place`; their keys and values go into `slots`.
+
+        `last` says after which of them instead: what stands behind that one is padding, and no position before sees it.
+        """
         import torch
         from torch.nn.functional import embedding, rms_norm, silu
 
@@ -570,38 +578,59 @@ class Quick:
             hidden = hidden + project(x, fused[1], lora[1])
             gate, up = project(norm(hidden, layer.post_attention_layernorm), fused[2], lora[2]).chunk(2, dim=-1)
             hidden = hidden + project(silu(gate) * up, fused[3], lora[3])
-        return self.head(norm(hidden[-1:], self.norm))[0].float()
+        hidden = hidden[-1:] if last is None else hidden.index_select(0, last)
+        return self.head(norm(hidden, self.norm))[0].float()
+
+    def read(self, ids: list[int], place: int, slots: Slots, key: str | None) -> torch.Tensor:
+        """forward() for a piece of a prompt: a graph's replay where prepare() made one and the piece is short."""
+        import torch
+
+        tokens = torch.tensor(ids, device=self.device)
+        slots.place.fill_(place)
+        graph = slots.graphs.get((key, WINDOW))
+        if graph is None or len(ids) > WINDOW or place + WINDOW > slots.size:
+            return self.forward(tokens, slots.place, slots, key)
+        slots.window[: len(ids)] = tokens
+        slots.last.fill_(len(ids) - 1)
+        graph.replay()
+        return slots.logits
+
+    def prepare(self, place: int, slots: Slots, key: str | None) -> None:
+        """Capture the graph of a next question, at a time when nobody waits for it: that takes 0.3 s."""
+        if self.graphs and (key, WINDOW) not in slots.graphs and place + WINDOW <= slots.size:
+            slots.place.fill_(place)
+            self.capture(slots, key, WINDOW)
 
     def step(self, token: torch.Tensor, place: int, slots: Slots, key: str | None) -> torch.Tensor:
         """forward() for one token: a graph's replay where there are graphs. The result is valid until the next step."""
-        import torch
-
         slots.token.copy_(token)
         slots.place.fill_(place)
         if not self.graphs:
             return self.forward(slots.token, slots.place, slots, key)
-        if key not in slots.graphs:
-            try:
-                slots.graphs[key] = self.capture(slots, key)
-            except RuntimeError:  # a driver or card that cannot: slower, but the same
-                self.graphs = False
-                torch.cuda.synchronize()
-                return self.forward(slots.token, slots.place, slots, key)
-        slots.graphs[key].replay()
+        if (key, 1) not in slots.graphs and not self.capture(slots, key, 1):
+            return self.forward(slots.token, slots.place, slots, key)
+        slots.graphs[key, 1].replay()
         return slots.logits
 
-    def capture(self, slots: Slots, key: str | None) -> torch.cuda.CUDAGraph:
+    def capture(self, slots: Slots, key: str | None, width: int) -> bool:
+        """The graph of forward() over one token or over the window; False where the driver or the card cannot."""
         import torch
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # libraries take their workspaces at the first run, and no capture may do that
-            self.forward(slots.token, slots.place, slots, key)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            slots.logits.copy_(self.forward(slots.token, slots.place, slots, key))
-        return graph
+        tokens, last = (slots.token, None) if width == 1 else (slots.window, slots.last)
+        graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries take workspaces at the first run, which no capture may do
+                self.forward(tokens, slots.place, slots, key, last)
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                slots.logits.copy_(self.forward(tokens, slots.place, slots, key, last))
+        except RuntimeError:
+            self.graphs = False  # slower, but the same
+            torch.cuda.synchronize()
+            return False
+        slots.graphs[key, width] = graph
+        return True
 
 
 class Base:
@@ -745,6 +774,7 @@ class Engine:
         own = self.read(model, ids, None).clone()
         if model.quick:
             self.advance(model, own.argmax()[None])
+            self.prepare(model)
         if model.key:
             base = dataclasses.replace(model, key=None, cache=None, ids=[], plain=model.quick is None)
             self.rewind(base, ids, 1.0)
@@ -784,12 +814,11 @@ class Engine:
         import torch
 
         network, quick = model.base.model, model.quick
-        tokens = torch.tensor(ids, device=network.device)
         with torch.inference_mode():
             if quick:
                 self.make_room(model, len(ids))
-                place = torch.tensor([len(model.ids)], device=network.device)
-                return quick.forward(tokens, place, model.cache, model.key)
+                return quick.read(ids, len(model.ids), model.cache, model.key)
+            tokens = torch.tensor(ids, device=network.device)
             model.base.use(model.key, model.strength)
             out = network(input_ids=tokens[None], past_key_values=model.cache, use_cache=True, logits_to_keep=1)
             return out.logits[0, -1].float()
@@ -807,10 +836,11 @@ class Engine:
     def read(self, model: Model, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
         """Feed tokens into the model's cache; None if `stop` was set in between. The cache stays valid at any time."""
         logits = None
-        for start in range(0, len(ids), PREFILL):
+        size = WINDOW if model.quick and model.quick.graphs and len(ids) <= 3 * WINDOW else PREFILL
+        for start in range(0, len(ids), size):
             if stop is not None and stop.is_set():
                 return None
-            some = ids[start : start + PREFILL]
+            some = ids[start : start + size]
             with self.kept_valid(model):
                 logits = self.forward(model, some)
             model.ids = model.ids + some
@@ -828,6 +858,14 @@ class Engine:
                 return self.forward(model, token.tolist())
             self.make_room(model, 1)
             return model.quick.step(token, len(model.ids), model.cache, model.key)
+
+    def prepare(self, model: Model) -> None:
+        """What can be done before the next question comes."""
+        import torch
+
+        if model.quick and model.cache:
+            with torch.inference_mode(), self.kept_valid(model):
+                model.quick.prepare(len(model.ids), model.cache, model.key)
 
     @contextlib.contextmanager
     def kept_valid(self, model: Model) -> Iterator[None]:
@@ -887,6 +925,7 @@ class Engine:
         answer.text += rest
         answer.seconds += time.perf_counter() - began
         yield Piece(rest, answer)
+        self.prepare(model)
 
     def answer(
         self, messages: list[dict], name: str, settings: Settings, stop: threading.Event | None = None

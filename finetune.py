@@ -997,8 +997,11 @@ def load_for_training(source: Source, config: Config) -> PreTrainedModel:
     dtype = compute_dtype(config.fp16)
     if not has_gpu():
         return load_4bit(source, dtype)
-    from unsloth import FastLanguageModel
+    from unsloth import FastLanguageModel  # isort: skip
+    import torch
 
+    # cuDNN plans anew, for 50 ms, for each length of a row. Off from the start: its attention rounds differently.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model, _ = FastLanguageModel.from_pretrained(
         str(source.folder),
         max_seq_length=config.max_length,
@@ -1226,6 +1229,8 @@ def train(
             data_seed=config.seed,
             dataset_num_proc=None,
         )
+        if gpu:  # Unsloth's trainer goes by this and not by its arguments
+            model._unsloth_gradient_checkpointing = plan.gradient_checkpointing
         exact = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
         trainer = Trainer(
             model=model,
@@ -1245,8 +1250,6 @@ def train(
     monitor = make_monitor(model, tokenizer, examples, config, partial)
     checkpoint = last_checkpoint(partial) if config.resume else None
     history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history if checkpoint else []
-    if gpu:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew, for 50 ms, for each length of a row
     if gpu and plan.close:
         plan, trainer = measured_plan(build, plan, examples["train"], free_memory(config))
     else:

@@ -46,15 +46,14 @@ FOLLOW_UP = {"role": "user", "content": "And if a tree falls on it?"}
 # What the arms share
 
 
-def make_random(folder: Path, kind: str, tokenizer: Path | None) -> Path:
-    """Mistral-7B's shape with random weights in 4 bits: speed and memory are the real ones', the text is noise."""
+def make_random(folder: Path, tokenizer: Path | None) -> None:
+    """Mistral-7B's shape with random weights, 16 bits and NF4: speed and memory are the real ones', the text noise."""
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig
 
-    if (folder / kind / "config.json").is_file():
-        return folder / kind
-    words = finetune.load_tokenizer(tokenizer or finetune.find_model(None, gpu=False).folder)
-    words.save_pretrained(folder / kind)
+    if (folder / "nf4/config.json").is_file():
+        return
+    words, dtype = finetune.load_tokenizer(tokenizer or finetune.find_model(None, gpu=False).folder), torch.float16
     shape = MistralConfig(
         **MISTRAL,
         vocab_size=len(words),
@@ -63,19 +62,20 @@ def make_random(folder: Path, kind: str, tokenizer: Path | None) -> Path:
         eos_token_id=2,
         architectures=["MistralForCausalLM"],
     )
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True} if kind == "nf4" else {}
-    if kind == "nf4":
-        settings["bnb_4bit_compute_dtype"] = finetune.compute_dtype()
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory(dir=folder) as whole:
-        with torch.device("cuda"):
-            dtype = torch.float16 if kind == "fp4" else finetune.compute_dtype()
-            AutoModelForCausalLM.from_config(shape, dtype=dtype).save_pretrained(whole, max_shard_size="4GB")
-        torch.cuda.empty_cache()
-        how = BitsAndBytesConfig(load_in_4bit=True, **settings)
-        model = AutoModelForCausalLM.from_pretrained(whole, quantization_config=how, device_map={"": 0}, dtype=dtype)
-        model.save_pretrained(folder / kind)
-    return folder / kind
+    with torch.device("cuda"):
+        AutoModelForCausalLM.from_config(shape, dtype=dtype).save_pretrained(folder / "16-bit", max_shard_size="4GB")
+    torch.cuda.empty_cache()
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=finetune.compute_dtype(),
+    )
+    settings = {"quantization_config": how, "device_map": {"": 0}, "dtype": finetune.compute_dtype()}
+    AutoModelForCausalLM.from_pretrained(folder / "16-bit", **settings).save_pretrained(folder / "nf4")
+    for kind in ("16-bit", "nf4"):
+        words.save_pretrained(folder / kind)
 
 
 def examples(tokenizer: Any, config: finetune.Config) -> dict[str, list[finetune.Example]]:
@@ -226,7 +226,7 @@ def train_unsloth(options: argparse.Namespace) -> list[dict]:
 def train_ours(options: argparse.Namespace) -> list[dict]:
     """finetune.py's own functions, in the order of its job; `--max-vram` as there."""
     if finetune.has_gpu():
-        import unsloth
+        import unsloth  # noqa: F401  (before transformers)
     source = source_of(options.model)
     tokenizer = finetune.load_tokenizer(source.folder)
     config = finetune.settle(finetune.Config(max_vram=options.max_vram), source.config)
@@ -240,8 +240,6 @@ def train_ours(options: argparse.Namespace) -> list[dict]:
         own = dataclasses.replace(config, effective_batch_size=batch, max_steps=WARM_UP + options.steps + 1)
         watch = stopwatch(options.steps, mean_length(sides["train"]))
         plan = finetune.make_plan(own, source.config, sides["train"], finetune.free_memory(own))
-        if finetune.has_gpu() and not plan.close:  # the model may stand as the batch before left it
-            unsloth.FastLanguageModel.for_training(model, use_gradient_checkpointing=False)
         partial = Path(tempfile.mkdtemp())
         _, plan = finetune.train(model, tokenizer, sides, plan, own, partial, callbacks=(watch,))
         names = finetune.PLAN_IN_RUN_JSON
@@ -393,7 +391,7 @@ def run_arm(part: str, arm: str, options: argparse.Namespace) -> list[dict] | No
     """One arm in a process of its own; None if it failed, which the log tells."""
     model = options.model
     if options.random:
-        model = str(options.random / ("fp4" if (part, arm) == ("training", "seed") else "nf4"))
+        model = str(options.random / ("16-bit" if (part, arm) == ("training", "seed") else "nf4"))
     command = [sys.executable, __file__, "--arm", f"{part}/{arm}", "--steps", options.steps, "--tokens", options.tokens]
     command += ["--batches", *options.batches]
     command += ["--model", model] if model else []
@@ -469,8 +467,7 @@ def main() -> None:
     parts = options.part or (list(ARMS) if gpu else ["training", "chat"])
     if options.random:
         options.random.mkdir(parents=True, exist_ok=True)
-        for kind in ("nf4", "fp4") if "training" in parts else ("nf4",):
-            make_random(options.random, kind, options.tokenizer)
+        make_random(options.random, options.tokenizer)
     if not gpu:
         options.batches = [4]
     machine = finetune.environment()

@@ -5,8 +5,9 @@
     python tests/recipes.py --table recipes.jsonl          only the table, from what was measured before
 
 The loop is a plain one (PEFT, AdamW, padded batches of four), so that a recipe is a few lines of RECIPES and nothing
-else differs. After each epoch it measures the validation rows, the test rows and what the base itself says to general
-prompts. "Kept" is the epoch that finetune.py would keep: the first after which validation did not improve ends it.
+else differs. After each epoch it measures the validation rows, the test rows, answers to the first ANSWERED of these
+(chrF) and what the base itself says to every other general prompt; replay trains on its answers to the rest of them.
+"Kept" is the epoch that finetune.py would keep: the first after which validation did not improve ends it.
 The seed's recipe keeps its last epoch, as its README does. Uses the GPU if there is one.
 """
 
@@ -22,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import finetune
 
+ANSWERED = 32  # test questions, the first ones of finetune.py's order
 # What differs from PLAIN. `scope`: the tokens that are trained. `quant`: the base that is trained on and answers.
 PLAIN = {
     "rate": 1e-3, "epochs": 3, "warmup": 0.1, "dropout": 0.1, "scope": "answer", "quant": "nf4", "patience": 1,
-    "plus": 1, "rslora": False, "noise": 0,
+    "plus": 1, "rslora": False, "noise": 0, "replay": False,
 }  # fmt: skip
 SEED = {"rate": 2e-4, "epochs": 5, "warmup": 0, "scope": "all", "patience": 0}
 RECIPES = {
@@ -40,6 +42,7 @@ RECIPES = {
     "1e-3, rsLoRA": {"rslora": True},
     "5e-4, LoRA+ 16": {"rate": 5e-4, "plus": 16},
     "1e-3, NEFTune 5": {"noise": 5},
+    "5e-4, replay": {"rate": 5e-4, "replay": True},
 }
 
 
@@ -68,12 +71,20 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     ).dequantize()  # the same numbers, dequantized once
     finetune.autocast = lambda model, half=False: torch.autocast(device, enabled=False)
     set_seed(42)
-    general = sampled_answers(model, tokenizer)
+    greedy = finetune.general_answers(model, tokenizer)
+    sampled = sampled_answers(model, tokenizer, greedy[1::2])
+    asked, longest = examples["test"][:ANSWERED], max(len(e.input_ids) - e.prompt_length for e in examples["train"])
 
     def measure() -> dict:
         losses = {side: finetune.answer_nll(model, tokenizer, examples[side]) for side in ("eval", "test")}
-        kept = finetune.mean(finetune.answer_nll(model, tokenizer, general))
-        return {"eval": finetune.mean(losses["eval"]), "test": losses["test"], "general": kept}
+        answers, _ = finetune.greedy_answers(model, tokenizer, asked, math.ceil(1.5 * longest))
+        return {
+            "eval": finetune.mean(losses["eval"]),
+            "test": losses["test"],
+            "chrf": [finetune.chrf(answer, e.row.answer) for answer, e in zip(answers, asked, strict=True)],
+            "general": finetune.mean(finetune.answer_nll(model, tokenizer, sampled)),
+            "general, greedy": finetune.mean(finetune.answer_nll(model, tokenizer, greedy[1::2])),
+        }
 
     epochs = [measure()]
     set_seed(seed)
@@ -91,7 +102,8 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         {"params": [p for n, p in named if "lora_B" not in n], "lr": recipe["rate"]},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    per_epoch = math.ceil(len(examples["train"]) / 4)
+    rows = examples["train"] + (greedy[::2] if recipe["replay"] else [])
+    per_epoch = math.ceil(len(rows) / 4)
     total = per_epoch * recipe["epochs"]
     warmup = round(recipe["warmup"] * total)
 
@@ -103,9 +115,9 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     began = time.monotonic()
     for _ in range(recipe["epochs"]):
-        order = torch.randperm(len(examples["train"])).tolist()
+        order = torch.randperm(len(rows)).tolist()
         for start in range(0, len(order), 4):
-            batch = [examples["train"][i] for i in order[start : start + 4]]
+            batch = [rows[i] for i in order[start : start + 4]]
             ids, mask, labels = (tensor.to(device) for tensor in padded(batch, tokenizer.pad_token_id, recipe["scope"]))
             model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
@@ -120,7 +132,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     }  # fmt: skip
 
 
-def sampled_answers(model, tokenizer) -> list:
+def sampled_answers(model, tokenizer, prompts: list) -> list:
     """General prompts with what the base says to them at temperature 1: the rise of the loss on it estimates the KL
     divergence from the base. (finetune.py's `retention` takes the base's greedy answers.)"""
     import torch
@@ -131,13 +143,11 @@ def sampled_answers(model, tokenizer) -> list:
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     result = []
-    for prompt in json.loads((finetune.HERE / "data/general_prompts.json").read_text(encoding="utf-8")):
-        messages = [{"role": "user", "content": prompt}]
-        ids = finetune.chat_ids(tokenizer, messages, add_generation_prompt=True)
+    for example in prompts:
+        ids = example.input_ids[: example.prompt_length]
         with torch.inference_mode():
             out = model.generate(input_ids=torch.tensor([ids], device=model.device), generation_config=settings)
-        row = finetune.Row(tuple(messages), "", "general_prompts.json")
-        result.append(finetune.Example(row, out[0].tolist(), len(ids)))
+        result.append(finetune.Example(example.row, out[0].tolist(), len(ids)))
     return result
 
 
@@ -180,27 +190,33 @@ def table(runs: list[dict]) -> str:
     for run in runs:
         by_recipe.setdefault(run["recipe"], []).append(run)
 
-    def per_question(of: list[dict]) -> list[float]:
-        return [finetune.mean(list(values)) for values in zip(*(kept(run)["test"] for run in of), strict=True)]
+    def per_question(of: list[dict], what: str = "test") -> list[float]:
+        return [finetune.mean(list(values)) for values in zip(*(kept(run)[what] for run in of), strict=True)]
 
     reference = per_question(next((of for name, of in by_recipe.items() if name.startswith("seed on")), runs[:1]))
     lines = [
-        "| recipe | seeds | epoch kept | test loss | against the seed on our base | general answers | each epoch |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| recipe | seeds | epoch kept | test loss | against the seed on our base | chrF | general answers, sampled "
+        "and greedy | each epoch |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, of in by_recipe.items():
         values = per_question(of)
         low, high = finetune.bootstrap(values, of[0]["groups"], 0)[1:]
         differences = [a - b for a, b in zip(values, reference, strict=True)]
         change = finetune.bootstrap(differences, of[0]["groups"], 0)
-        general = finetune.mean([100 * (kept(run)["general"] / run["epochs"][0]["general"] - 1) for run in of])
+        general, greedy = (
+            finetune.mean([100 * (kept(run)[what] / run["epochs"][0][what] - 1) for run in of])
+            for what in ("general", "general, greedy")
+        )
+        answers = finetune.bootstrap(per_question(of, "chrf"), of[0]["groups"][:ANSWERED], 0)
         places = ", ".join(str(run["epochs"].index(kept(run))) for run in of)
         curve = [
             finetune.mean([finetune.mean(run["epochs"][n]["test"]) for run in of]) for n in range(len(of[0]["epochs"]))
         ]
         lines.append(
             f"| {name} | {len(of)} | {places} | {finetune.mean(values):.3f} [{low:.3f}, {high:.3f}] "
-            f"| {change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}] | {general:+.1f}% "
+            f"| {change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}] "
+            f"| {answers[0]:.1f} [{answers[1]:.1f}, {answers[2]:.1f}] | {general:+.1f}% {greedy:+.1f}% "
             f"| {' '.join(f'{value:.3f}' for value in curve)} |"
         )
     return "\n".join(lines)
