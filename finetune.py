@@ -68,11 +68,11 @@ MIN_ROWS = 20  # below this a held-out split says nothing
 MAX_PROBLEMS_SHOWN = 20
 ALIKE_WHOLE, ALIKE_RARE = 75, 80  # near-duplicates: token_sort_ratio of whole questions, and of their rarer words
 EVAL_QUESTIONS = {"gpu": 200, "cpu": 10}  # answered and ranked at most; the loss is measured on all held-out ones
-EVAL_BATCH = {"gpu": 32, "cpu": 64}  # rows answered at a time; 32 of a 7B take 1 GiB of cache
+EVAL_BATCH = {"gpu": 32, "cpu": 64}  # rows answered at a time; 32 of a 7B take 2.3 GiB, and half as many if that fails
 RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
 BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: length costs no training
 NEUTRAL = "Please answer the question."  # how likely an answer is without its question
-RETENTION_TOKENS = 40  # of each general answer
+GENERAL_TOKENS = 40  # of each of the base's own answers to general prompts
 RETENTION_LIMIT = 0.05  # the loss on the base's own general answers may rise by 5%; beyond, it is weighed: judge()
 RESAMPLES = 10_000
 METRICS = ("nll", "ranking_top1", "chrf", "rouge_l", "eos_rate", "mean_words")
@@ -136,6 +136,9 @@ class Config:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     early_stopping_patience: int = 1  # Epochs without a better held-out loss before it stops; 0 never stops early.
+    replay_fraction: float = (
+        0.15  # General prompts with the base's own answers, a share of your rows; 0 trains on none.
+    )
     max_length: int = 2048  # In tokens. A row that would be cut is an error, not a surprise.
     # evidence
     eval_fraction: float = 0.2  # Share of the rows held out; near-duplicates stay on one side.
@@ -220,6 +223,7 @@ def check_config(config: Config) -> list[str]:
         (config.weight_decay >= 0, "--weight-decay must not be negative"),
         (config.max_grad_norm >= 0, "--max-grad-norm must not be negative"),
         (config.early_stopping_patience >= 0, "--early-stopping-patience must not be negative"),
+        (0 <= config.replay_fraction <= 1, "--replay-fraction must be between 0 and 1"),
         (config.max_length >= 16, "--max-length must be at least 16"),
         (0 < config.eval_fraction <= 0.5, "--eval-fraction must be above 0 and at most 0.5"),
         (config.eval_questions is None or config.eval_questions >= 1, "--eval-questions must be at least 1"),
@@ -1653,7 +1657,8 @@ def answer_nll(
     result = [0.0] * len(examples)
     training = model.training
     model.eval()
-    for batch in batches:
+    while batches:
+        batch = batches.pop()
         width = max(len(examples[i].input_ids) for i in batch)
         ids = torch.full((len(batch), width), tokenizer.pad_token_id)
         labels = torch.full((len(batch), width), -100)
@@ -1663,16 +1668,22 @@ def answer_nll(
             labels[n, start:end] = ids[n, start:end]
         mask = torch.tensor([[n < len(examples[i].input_ids) for n in range(width)] for i in batch]).long()
         first = min(examples[i].prompt_length for i in batch)
-        with torch.inference_mode(), autocast(model, half):
+        target = labels[:, first:].to(model.device)
+        places = target != -100  # picked before the softmax: on a CPU that is a quarter of the whole time
+        losses = None
+        with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode(), autocast(model, half):
             logits = model(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
                 use_cache=False,
                 logits_to_keep=width - first + 1,
             ).logits
-        target = labels[:, first:].to(logits.device)
-        places = target != -100  # picked before the softmax: on a CPU that is a quarter of the whole time
-        losses = torch.nn.functional.cross_entropy(logits[:, :-1][places].float(), target[places], reduction="none")
+            losses = torch.nn.functional.cross_entropy(logits[:, :-1][places].float(), target[places], reduction="none")
+        if losses is None:
+            middle = len(batch) // 2 or stop_out_of_memory()
+            batches += [batch[middle:], batch[:middle]]
+            torch.cuda.empty_cache()
+            continue
         for i, own in zip(batch, losses.split(places.sum(1).tolist()), strict=True):
             result[i] = own.mean().item()
     model.train(training)
@@ -1732,18 +1743,24 @@ def generate(
     training = model.training
     model.eval()
     size = EVAL_BATCH["gpu" if has_gpu() else "cpu"]
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
+    while order:
+        batch = order[:size]
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in batch])
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        with torch.inference_mode(), autocast(model):
+        out = None
+        with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode(), autocast(model):
             out = model.generate(
                 input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
             )
+        if out is None:
+            size = len(batch) // 2 or stop_out_of_memory()
+            torch.cuda.empty_cache()
+            continue
         for i, row in zip(batch, out[:, width:].tolist(), strict=True):
             end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
             result[i] = row[:end]
+        order = order[size:]
     model.train(training)
     return result
 
@@ -1758,15 +1775,30 @@ def greedy_answers(
     return texts, [ids[-1:] == [tokenizer.eos_token_id] for ids in new]
 
 
-def general_answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The general prompts with the base's own answers: how much likelier they were before than after tuning is how far
-    tuning moved the model where nobody asked it to.
+def general_prompts(tokenizer: PreTrainedTokenizerBase, file: str) -> list[Example]:
+    """The prompts of a file in data/ as the model reads them, with no answer yet."""
+    prompts = json.loads((HERE / "data" / file).read_text(encoding="utf-8"))
+    rows = [Row(({"role": "user", "content": prompt},), "", file) for prompt in prompts]
+    asked = [chat_ids(tokenizer, list(row.prompt), add_generation_prompt=True) for row in rows]
+    return [Example(row, ids, len(ids)) for row, ids in zip(rows, asked, strict=True)]
+
+
+def prompts_to_replay(tokenizer: PreTrainedTokenizerBase, train: list[Example], config: Config) -> list[Example]:
+    """Other prompts than those that are measured: else their loss would show what was learned, not what was kept."""
+    return general_prompts(tokenizer, "replay_prompts.json")[: round(config.replay_fraction * len(train))]
+
+
+def general_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Example]
+) -> list[Example]:
+    """General prompts with the model's own answers. Those of the base are replayed in training, to keep it where it was
+    when nobody asks about the data; on others, how much likelier they were before than after tells how far it went.
     """
-    prompts = json.loads((HERE / "data/general_prompts.json").read_text(encoding="utf-8"))
-    asked = [chat_ids(tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True) for p in prompts]
-    new = generate(model, tokenizer, asked, RETENTION_TOKENS)
-    rows = [Row(({"role": "user", "content": p},), "", "general_prompts.json") for p in prompts]
-    return [Example(row, ids + more, len(ids)) for row, ids, more in zip(rows, asked, new, strict=True)]
+    new = generate(model, tokenizer, [example.input_ids for example in prompts], GENERAL_TOKENS)
+    return [
+        dataclasses.replace(example, input_ids=example.input_ids + ids)
+        for example, ids in zip(prompts, new, strict=True)
+    ]
 
 
 def chrf(answer: str, reference: str) -> float:
@@ -1835,7 +1867,7 @@ def measure_base(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam
 ) -> tuple[dict[str, dict], dict[str, float]]:
     """Both arms of the base, and its other losses. Its general answers go into the exam: the tuned model meets them."""
-    exam.general = general_answers(model, tokenizer)
+    exam.general = general_answers(model, tokenizer, general_prompts(tokenizer, "general_prompts.json"))
     arms = {"before": sit_exam(model, tokenizer, exam), "prompted": sit_exam(model, tokenizer, exam, briefly=True)}
     return arms, other_losses(model, tokenizer, exam)
 
@@ -2177,9 +2209,12 @@ def training_in_words(run: dict) -> str:
     memory = training.get("peak_vram_gib") or training.get("peak_ram_gib")
     settings = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "learning rate": "learning_rate"}
     said = ", ".join(f"{label} {config[key]}" for label, key in settings.items() if config.get(key) is not None)
+    count = (run.get("data") or {}).get("replayed")
+    replayed = f", {count} general prompts with the base's own answers among the rows" if count else ""
     return (
         f"LoRA on the base in NF4{': ' + said if said else ''}. {training.get('steps', '–')} updates in "
-        f"{number(training.get('seconds'), 0)} s, kept is update {training.get('best_step', '–')}; peak memory "
+        f"{number(training.get('seconds'), 0)} s{replayed}. Kept is update "
+        f"{training.get('best_step', '–')}; peak memory "
         f"{number(memory, 1)} GiB on {code(machine.get('gpu') or machine.get('cpu') or 'an unknown machine')}. "
         f"Training loss: {number(training.get('first_loss'), 3)} to {number(training.get('last_loss'), 3)}."
     )
@@ -2446,7 +2481,12 @@ def dry_run(config: Config) -> None:
     tokenizer = load_tokenizer(source.folder, source.id)
     examples = encode_split(tokenizer, data, config)
     shape = source.config
-    plan = make_plan(config, shape, examples["train"], free_memory(config))
+    replayed = [
+        dataclasses.replace(e, input_ids=e.input_ids + [tokenizer.eos_token_id] * GENERAL_TOKENS)
+        for e in prompts_to_replay(tokenizer, examples["train"], config)
+    ]
+    trained = examples["train"] + replayed
+    plan = make_plan(config, shape, trained, free_memory(config))
     shortest = min(examples["train"], key=lambda example: len(example.input_ids))
     show_example(tokenizer, shortest)
     show_lengths(examples["train"] + examples["eval"])
@@ -2454,7 +2494,7 @@ def dry_run(config: Config) -> None:
     say(
         "Memory", ", ".join(f"{part} {gib:.2f}" for part, gib in plan.memory.items()) + f": {plan.total:.2f} GiB in all"
     )
-    minutes = estimate_seconds(config, shape, examples["train"], plan) / 60
+    minutes = estimate_seconds(config, shape, trained, plan) / 60
     say("Time", f"about {minutes:.0f} min of training on this machine, if it does not stop early")
     say("", "Nothing was written. The same command without --dry-run trains.")
 
@@ -2507,15 +2547,20 @@ def run_job(config: Config, data: Data, source: Source, output: Path, partial: P
     started = time.monotonic()
     tokenizer, examples, model = prepare(config, data, source, lambda: remember(config, data, partial))
     memory = free_memory(config)
-    plan = make_plan(config, source.config, examples["train"], memory)
     exam = set_exam(tokenizer, data, examples, config)
-    with clock() as measuring, reading(model, source, config) as reader:
-        arms, base_losses = measure_base(reader, tokenizer, exam)
+    with reading(model, source, config) as reader:
+        with clock() as measuring:
+            arms, base_losses = measure_base(reader, tokenizer, exam)
+        replayed = general_answers(reader, tokenizer, prompts_to_replay(tokenizer, examples["train"], config))
+    trained = examples | {"train": examples["train"] + replayed}
+    plan = make_plan(config, source.config, trained["train"], memory)
     before = mean(arms["before"]["nll"])
     model = add_lora(model, config, source, plan.close)
     show_lora(model, config)
     say("Before", f"held-out loss {before:.3f}")
-    training, plan = train(model, tokenizer, examples, plan, config, partial)
+    if replayed:
+        say("Replay", f"{len(replayed)} general prompts with the base's own answers are trained on too, to keep those")
+    training, plan = train(model, tokenizer, trained, plan, config, partial)
     with clock() as measuring_again, reading(model, source, config, partial / "best") as reader:
         arms["after"] = sit_exam(reader, tokenizer, exam)
         losses = {"before": base_losses, "after": other_losses(reader, tokenizer, exam)}
@@ -2538,6 +2583,7 @@ def run_job(config: Config, data: Data, source: Source, output: Path, partial: P
             "eval_ids": [row.id for row in data.eval],
             **({"test_ids": [row.id for row in data.test]} if config.split_field else {}),
             "dropped": data.dropped,
+            "replayed": len(replayed),
         },
         "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "plan": {name: getattr(plan, name) for name in PLAN_IN_RUN_JSON},

@@ -6,7 +6,7 @@
 
 The loop is a plain one (PEFT, AdamW, padded batches of four), so that a recipe is a few lines of RECIPES and nothing
 else differs. After each epoch it measures the validation rows, the test rows, answers to the first ANSWERED of these
-(chrF) and what the base itself says to every other general prompt; replay trains on its answers to the rest of them.
+(chrF) and what the base itself says to general prompts. "Replay" trains on its answers to other general prompts too.
 "Kept" is the epoch that finetune.py would keep: the first after which validation did not improve ends it.
 The seed's recipe keeps its last epoch, as its README does. Uses the GPU if there is one.
 """
@@ -71,8 +71,10 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     ).dequantize()  # the same numbers, dequantized once
     finetune.autocast = lambda model, half=False: torch.autocast(device, enabled=False)
     set_seed(42)
-    greedy = finetune.general_answers(model, tokenizer)
-    sampled = sampled_answers(model, tokenizer, greedy[1::2])
+    greedy = finetune.general_answers(model, tokenizer, finetune.general_prompts(tokenizer, "general_prompts.json"))
+    sampled = sampled_answers(model, tokenizer, greedy)
+    prompts = finetune.prompts_to_replay(tokenizer, examples["train"], config) if recipe["replay"] else []
+    replayed = finetune.general_answers(model, tokenizer, prompts)
     asked, longest = examples["test"][:ANSWERED], max(len(e.input_ids) - e.prompt_length for e in examples["train"])
 
     def measure() -> dict:
@@ -83,7 +85,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
             "test": losses["test"],
             "chrf": [finetune.chrf(answer, e.row.answer) for answer, e in zip(answers, asked, strict=True)],
             "general": finetune.mean(finetune.answer_nll(model, tokenizer, sampled)),
-            "general, greedy": finetune.mean(finetune.answer_nll(model, tokenizer, greedy[1::2])),
+            "general, greedy": finetune.mean(finetune.answer_nll(model, tokenizer, greedy)),
         }
 
     epochs = [measure()]
@@ -102,7 +104,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         {"params": [p for n, p in named if "lora_B" not in n], "lr": recipe["rate"]},
     ]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    rows = examples["train"] + (greedy[::2] if recipe["replay"] else [])
+    rows = examples["train"] + replayed
     per_epoch = math.ceil(len(rows) / 4)
     total = per_epoch * recipe["epochs"]
     warmup = round(recipe["warmup"] * total)

@@ -46,6 +46,43 @@ def test_nll_is_the_mean_over_the_answers_tokens(base):
         assert nll == pytest.approx(-plain_log_p(model, prompt, answer) / len(answer), abs=1e-4)
 
 
+def test_memory_that_runs_out_while_measuring_only_makes_the_batches_smaller(base, monkeypatch):
+    import torch
+
+    tokenizer, model = base
+    examples, forward, tried = examples_of(tokenizer, 5), model.forward, []
+
+    def crowded(input_ids=None, **kwargs):
+        tried.append(len(input_ids))
+        if len(input_ids) > 2:
+            raise torch.OutOfMemoryError("made up")
+        return forward(input_ids=input_ids, **kwargs)
+
+    losses = finetune.answer_nll(model, tokenizer, examples)
+    answers = finetune.greedy_answers(model, tokenizer, examples, 8)
+    monkeypatch.setattr(model, "forward", crowded)
+    assert finetune.answer_nll(model, tokenizer, examples) == pytest.approx(losses, abs=1e-4)
+    assert finetune.greedy_answers(model, tokenizer, examples, 8) == answers
+    assert max(tried) > 2
+    monkeypatch.setattr(model, "forward", lambda **kwargs: crowded(torch.zeros(3, 1)))
+    with pytest.raises(finetune.BadInput, match="not even one row"):
+        finetune.answer_nll(model, tokenizer, examples)
+
+
+def test_replay_is_what_the_base_says_to_prompts_that_are_not_measured(base):
+    import torch
+
+    tokenizer, model = base
+    prompts = finetune.prompts_to_replay(tokenizer, examples_of(tokenizer, 20), Config(replay_fraction=0.15))
+    assert len(prompts) == 3 and not finetune.prompts_to_replay(tokenizer, prompts, Config(replay_fraction=0))
+    measured = {e.row.prompt[-1]["content"] for e in finetune.general_prompts(tokenizer, "general_prompts.json")}
+    for example in finetune.general_answers(model, tokenizer, prompts):
+        ids = finetune.chat_ids(tokenizer, list(example.row.prompt), add_generation_prompt=True)
+        out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=finetune.GENERAL_TOKENS)[0].tolist()
+        assert example.input_ids == out and example.completion_mask == [0] * len(ids) + [1] * (len(out) - len(ids))
+        assert example.row.prompt[-1]["content"] not in measured
+
+
 def test_ranking_is_the_gain_from_the_question(base):
     tokenizer, model = base
     examples = examples_of(tokenizer, 12)

@@ -110,6 +110,7 @@ def run(data) -> dict:
             "train_ids": [row.id for row in data.train],
             "eval_ids": [row.id for row in data.eval],
             "dropped": [{"id": "0123456789", "place": "data/faq_sample.json, row 7", "reason": "repeats row 1"}],
+            "replayed": 28,
         },
         "template_sha256": "ab" * 32,
         "plan": {

@@ -47,6 +47,7 @@ def test_the_job_learns_and_leaves_a_whole_folder(finished):
     assert run["training"]["steps"] == 20 and run["training"]["log"][0]["step"] == 1
     assert len(run["evaluation"]["after"]["answers"]) == 10 == len(run["evaluation"]["before"]["answers"])
     assert not set(run["data"]["train_ids"]) & set(run["data"]["eval_ids"])
+    assert run["data"]["replayed"] == round(0.15 * len(run["data"]["train_ids"])) > 0
     files = {path.name for path in folder.iterdir()}
     assert files >= {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja"}
     assert files >= {"run.json", "README.md", "report.html", "loss.png"}
@@ -57,7 +58,7 @@ def test_screen_shows_the_report_and_nothing_else(finished):
     _, done = finished
     assert done.stderr == ""
     labels = [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
-    expected = ["Data", "Model", "LoRA", "Before", "Plan", "After", "Training", "Question", "Reference", "Before"]
+    expected = ["Data", "Model", "LoRA", "Before", "Replay", "Plan", "After", "Training", "Question", "Reference", "Before"]
     expected += ["After", "Verdict", "Saved"]
     assert [label for label in labels if label in expected] == expected
     assert "\x1b" not in done.stdout and "Warning" not in done.stdout and "🦥" not in done.stdout
