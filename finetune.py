@@ -136,9 +136,7 @@ class Config:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     early_stopping_patience: int = 1  # Epochs without a better held-out loss before it stops; 0 never stops early.
-    replay_fraction: float = (
-        0.15  # General prompts with the base's own answers, a share of your rows; 0 trains on none.
-    )
+    replay_fraction: float = 0.15  # So many general prompts with the base's own answers per row of yours; 0: none.
     max_length: int = 2048  # In tokens. A row that would be cut is an error, not a surprise.
     # evidence
     eval_fraction: float = 0.2  # Share of the rows held out; near-duplicates stay on one side.
@@ -1908,8 +1906,8 @@ def judge(evaluation: dict) -> dict[str, str]:
     on general answers rose by more than 5%, and by more than the held-out loss fell. style only: held-out loss lower,
     but ranking or chrF fails. no evidence: the rest.
 
-    Why the fall counts against the rise: each recipe that we measured on a small model, the seed's too, moved general
-    answers by 13 to 29% within an epoch, most of it the new style. A flat 5% would call every run harmed.
+    Why the fall counts against the rise: general answers are what the base finds likeliest, so any training moves them,
+    and 5% of so low a loss is next to nothing. A flat 5% called every recipe harmed that we measured, the seed's too.
     """
     before, after, delta = evaluation["before"], evaluation["after"], evaluation["delta"]
     kept = evaluation["retention"]
@@ -1930,7 +1928,7 @@ def judge(evaluation: dict) -> dict[str, str]:
         f"right answer first for {ranked:.0f}% of the questions ({ranked_before:.0f}% before, "
         f"chance {100 * evaluation['ranking_chance']:.0f}%); "
         f"chrF {after['chrf']:.1f}, base told to be brief {evaluation['prompted']['chrf']:.1f}; "
-        f"at the cost of {lost:+.2f} ({percent:+.0f}%) on general answers"
+        f"loss on general answers {lost:+.2f} ({percent:+.0f}%)"
     )
     return {"label": label, "sentence": f"{label}: {sentence}"}
 
