@@ -596,8 +596,8 @@ class Quick:
         return slots.logits
 
     def prepare(self, place: int, slots: Slots, key: str | None) -> None:
-        """Capture the graph of a next question, at a time when nobody waits for it: that takes 0.3 s."""
-        if self.graphs and (key, WINDOW) not in slots.graphs and place + WINDOW <= slots.size:
+        """Capture the graph of a next question, at a time when nobody waits for it. There is room for it in `slots`."""
+        if (key, WINDOW) not in slots.graphs:
             slots.place.fill_(place)
             self.capture(slots, key, WINDOW)
 
@@ -625,8 +625,9 @@ class Quick:
             torch.cuda.current_stream().wait_stream(side)
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 slots.logits.copy_(self.forward(tokens, slots.place, slots, key, last))
-        except RuntimeError:
-            self.graphs = False  # slower, but the same
+        except RuntimeError:  # slower, but the same; without the window's the step's may still fit the memory
+            self.graphs = self.graphs and width > 1
+            slots.graphs[key, width] = None
             torch.cuda.synchronize()
             return False
         slots.graphs[key, width] = graph
@@ -774,7 +775,6 @@ class Engine:
         own = self.read(model, ids, None).clone()
         if model.quick:
             self.advance(model, own.argmax()[None])
-            self.prepare(model)
         if model.key:
             base = dataclasses.replace(model, key=None, cache=None, ids=[], plain=model.quick is None)
             self.rewind(base, ids, 1.0)
@@ -836,7 +836,8 @@ class Engine:
     def read(self, model: Model, ids: list[int], stop: threading.Event | None) -> torch.Tensor | None:
         """Feed tokens into the model's cache; None if `stop` was set in between. The cache stays valid at any time."""
         logits = None
-        size = WINDOW if model.quick and model.quick.graphs and len(ids) <= 3 * WINDOW else PREFILL
+        captured = model.cache.graphs.get((model.key, WINDOW)) if model.quick and model.cache else None
+        size = WINDOW if captured and len(ids) <= 3 * WINDOW else PREFILL
         for start in range(0, len(ids), size):
             if stop is not None and stop.is_set():
                 return None
@@ -860,11 +861,12 @@ class Engine:
             return model.quick.step(token, len(model.ids), model.cache, model.key)
 
     def prepare(self, model: Model) -> None:
-        """What can be done before the next question comes."""
+        """What can be done before the next question comes: on a GPU 0.3 s, once for each size of the cache."""
         import torch
 
-        if model.quick and model.cache:
+        if model.quick and model.quick.graphs and len(model.ids) + WINDOW <= self.context(model.name):
             with torch.inference_mode(), self.kept_valid(model):
+                self.make_room(model, WINDOW)
                 model.quick.prepare(len(model.ids), model.cache, model.key)
 
     @contextlib.contextmanager
@@ -925,7 +927,6 @@ class Engine:
         answer.text += rest
         answer.seconds += time.perf_counter() - began
         yield Piece(rest, answer)
-        self.prepare(model)
 
     def answer(
         self, messages: list[dict], name: str, settings: Settings, stop: threading.Event | None = None
@@ -1735,6 +1736,7 @@ class Chat:
         writer.close()
         self.last = piece.answer
         self.tell_end(piece.answer)
+        self.engine.prepare(self.engine.models[name])
         return piece.answer
 
     def tell_end(self, answer: Answer) -> None:
@@ -2160,7 +2162,10 @@ def chat(config: Config, source: Source, adapters: list[Adapter]) -> None:
 
     def work() -> None:
         try:
-            loading.set_result(load(config, source, adapters))
+            engine = load(config, source, adapters)
+            for model in engine.models.values():
+                engine.prepare(model)
+            loading.set_result(engine)
         except BaseException as error:
             loading.set_exception(error)
 

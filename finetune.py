@@ -136,7 +136,7 @@ class Config:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     early_stopping_patience: int = 1  # Epochs without a better held-out loss before it stops; 0 never stops early.
-    replay_fraction: float = 0.15  # So many general prompts with the base's own answers per row of yours; 0: none.
+    replay_fraction: float = 0.15  # General prompts with the base's own answers, per row of yours; at most 50; 0: none.
     max_length: int = 2048  # In tokens. A row that would be cut is an error, not a surprise.
     # evidence
     eval_fraction: float = 0.2  # Share of the rows held out; near-duplicates stay on one side.
@@ -196,7 +196,7 @@ def flags_from_file(path: Path) -> list[str]:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, 1)
             problems.append(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        elif value is True or value not in (None, False):
+        elif value is not None and value is not False:  # 0 is a value
             values = [] if value is True else value if isinstance(value, list) else [value]
             flags += ["--" + key.replace("_", "-"), *map(str, values)]
     if problems:
@@ -1086,7 +1086,7 @@ def estimate_memory(
 ) -> dict[str, float]:
     """GiB by part for one forward and backward over `tokens` tokens, `labels` of them trained.
 
-    Counted from the shapes; what a layer keeps for its backward pass is fitted to measurements (README, "Memory").
+    Counted from the shapes; what a layer keeps for its backward pass is fitted to measurements (README, memory table).
     LoRA's weights, gradients and AdamW's two moments are fp32.
     """
     linear, embeddings, lora, adapted = count_weights(shape, config)
@@ -1668,7 +1668,7 @@ def answer_nll(
         first = min(examples[i].prompt_length for i in batch)
         target = labels[:, first:].to(model.device)
         places = target != -100  # picked before the softmax: on a CPU that is a quarter of the whole time
-        losses = None
+        logits = losses = None
         with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode(), autocast(model, half):
             logits = model(
                 input_ids=ids.to(model.device),
@@ -1680,6 +1680,7 @@ def answer_nll(
         if losses is None:
             middle = len(batch) // 2 or stop_out_of_memory()
             batches += [batch[middle:], batch[:middle]]
+            logits = None
             torch.cuda.empty_cache()
             continue
         for i, own in zip(batch, losses.split(places.sum(1).tolist()), strict=True):
@@ -1753,6 +1754,9 @@ def generate(
             )
         if out is None:
             size = len(batch) // 2 or stop_out_of_memory()
+            for module in model.modules():  # Unsloth's cache of the batch that failed
+                for name in ("paged_attention_K", "paged_attention_V", "paged_attention"):
+                    module.__dict__.pop(name, None)
             torch.cuda.empty_cache()
             continue
         for i, row in zip(batch, out[:, width:].tolist(), strict=True):
@@ -1783,7 +1787,21 @@ def general_prompts(tokenizer: PreTrainedTokenizerBase, file: str) -> list[Examp
 
 def prompts_to_replay(tokenizer: PreTrainedTokenizerBase, train: list[Example], config: Config) -> list[Example]:
     """Other prompts than those that are measured: else their loss would show what was learned, not what was kept."""
-    return general_prompts(tokenizer, "replay_prompts.json")[: round(config.replay_fraction * len(train))]
+    prompts = general_prompts(tokenizer, "replay_prompts.json")
+    fitting = [example for example in prompts if example.prompt_length + GENERAL_TOKENS <= config.max_length]
+    return fitting[: round(config.replay_fraction * len(train))]
+
+
+def replay(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: list[Example], config: Config, partial: Path
+) -> list[Example]:
+    """The base's own answers to these, made once: a run that is resumed must train on the very same."""
+    file = partial / "replay.json"
+    if not (config.resume and file.is_file()):
+        answered = general_answers(model, tokenizer, prompts_to_replay(tokenizer, train, config))
+        file.write_text(json.dumps([[e.prompt_length, e.input_ids] for e in answered]) + "\n", encoding="utf-8")
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    return [Example(Row((), "", file.name), ids, prompt_length) for prompt_length, ids in saved]
 
 
 def general_answers(
@@ -2057,7 +2075,9 @@ def command_of(config: dict) -> str:
     words = ["python finetune.py"]
     config = json.loads(json.dumps(config))
     for key, value in config.items():
-        if key in ("output_dir", "push_to_hub", "evaluate") or value in (None, False) or value == defaults.get(key):
+        if key in ("output_dir", "push_to_hub", "evaluate") or value is None or value is False:
+            continue
+        if value == defaults.get(key):
             continue
         values = [] if value is True else value if isinstance(value, list) else [value]
         # a quoted ~ would not be the home folder
@@ -2547,9 +2567,9 @@ def run_job(config: Config, data: Data, source: Source, output: Path, partial: P
     memory = free_memory(config)
     exam = set_exam(tokenizer, data, examples, config)
     with reading(model, source, config) as reader:
+        replayed = replay(reader, tokenizer, examples["train"], config, partial)
         with clock() as measuring:
             arms, base_losses = measure_base(reader, tokenizer, exam)
-        replayed = general_answers(reader, tokenizer, prompts_to_replay(tokenizer, examples["train"], config))
     trained = examples | {"train": examples["train"] + replayed}
     plan = make_plan(config, source.config, trained["train"], memory)
     before = mean(arms["before"]["nll"])

@@ -51,7 +51,7 @@ def make_random(folder: Path, tokenizer: Path | None) -> None:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MistralConfig
 
-    if (folder / "nf4/config.json").is_file():
+    if (folder / "nf4/tokenizer.json").is_file():  # written last
         return
     words, dtype = finetune.load_tokenizer(tokenizer or finetune.find_model(None, gpu=False).folder), torch.float16
     shape = MistralConfig(
@@ -356,9 +356,11 @@ def chat_ours(options: argparse.Namespace) -> list[dict]:
     long = [{"role": "user", "content": "Tell me. " + "What does the policy cover in case of fire and flood? " * 90}]
     for key, who in (("base", chat.BASE), ("adapter", name)):
         engine.answer(QUESTION, who, settings)
+        engine.prepare(engine.models[who])
         result[key] = round(engine.answer(QUESTION, who, settings).tokens_per_second, 1)
         result[f"{key}, sampled"] = round(engine.answer(QUESTION, who, sampled).tokens_per_second, 1)
     first = engine.answer(long, name, settings)
+    engine.prepare(engine.models[name])  # as the chat does once the answer stands
     # Not its own answer: noise is not cut into the same tokens again, and would be read a second time.
     turns = [*long, {"role": "assistant", "content": "That depends."}, FOLLOW_UP]
     second = engine.answer(turns, name, settings)

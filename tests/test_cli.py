@@ -64,10 +64,12 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 
 def test_a_runs_json_is_a_config_file(tmp_path):
     path = tmp_path / "run.json"
-    saved = finetune.config_as_json(finetune.Config(learning_rate=3e-5, data=(finetune.Path("x.csv"),)))
+    values = {"learning_rate": 3e-5, "data": (finetune.Path("x.csv"),), "replay_fraction": 0.0, "seed": 0}
+    saved = finetune.config_as_json(finetune.Config(**values))
     path.write_text(json.dumps({"status": "complete", "config": saved}))
-    config = finetune.parse(["--config", str(path)])
-    assert config == finetune.Config(learning_rate=3e-5, data=(finetune.Path("x.csv"),), config=path)
+    assert finetune.parse(["--config", str(path)]) == finetune.Config(**values, config=path)
+    again = finetune.command_of(saved)
+    assert finetune.parse(again.split()[2:]) == finetune.Config(**values)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,22 @@ def test_slots_grow_and_a_second_turn_reads_only_what_is_new(tiny_model, tmp_pat
     assert second.ids == chat.Engine(source, num_ctx=512).answer(turns, "base", settings).ids
 
 
+def test_padding_behind_a_question_changes_nothing(tiny_model, exact):
+    """As a graph of a fixed width reads a short question: the rest of the window is what stood there before."""
+    source = finetune.find_model(str(tiny_model), gpu=False)
+    quick = chat.Engine(source).models["base"].quick
+    ids, places = torch.arange(5, 40), torch.tensor([0])
+    with torch.inference_mode():
+        padded, plain = chat.Slots(quick, 128), chat.Slots(quick, 128)
+        window = torch.cat([ids[:20], torch.full((chat.WINDOW - 20,), 3)])
+        one = quick.forward(window, places, padded, None, last=torch.tensor([19]))
+        assert torch.allclose(one, quick.forward(ids[:20], places, plain, None), atol=1e-5)
+        # What follows is written over the padding.
+        after = torch.tensor([20])
+        next_one = quick.forward(ids[20:], after, padded, None)
+        assert torch.allclose(next_one, quick.forward(ids[20:], after, plain, None), atol=1e-5)
+
+
 def test_an_adapter_that_is_more_than_lora_takes_the_plain_path(tiny_model, tmp_path, exact):
     from peft import LoraConfig, get_peft_model
 
@@ -127,4 +143,9 @@ def test_graphs_give_the_tokens_of_the_plain_path(which, request, tmp_path, monk
                 same = next((n for n, (a, b) in enumerate(zip(ours, plain, strict=False)) if a != b), len(plain))
                 print(f"{dtype} {who}: {same} of {len(plain)} tokens the same")
                 assert engine.bases[0].quick.graphs and engine.models[who].cache.graphs
+                engine.prepare(engine.models[who])
+                assert engine.models[who].cache.graphs[engine.models[who].key, chat.WINDOW]
+                engine.models[who].ids = []
+                again = answer(engine, who, question)  # the graph of a short question reads it anew
+                assert dtype != torch.float32 or again == plain
                 assert dtype != torch.float32 or ours == plain
