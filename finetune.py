@@ -2228,7 +2228,7 @@ def training_in_words(run: dict) -> str:
     settings = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "learning rate": "learning_rate"}
     said = ", ".join(f"{label} {config[key]}" for label, key in settings.items() if config.get(key) is not None)
     count = (run.get("data") or {}).get("replayed")
-    replayed = f", {count} general prompts with the base's own answers among the rows" if count else ""
+    replayed = f", {count} other general prompts with the base's own answers among the rows" if count else ""
     return (
         f"LoRA on the base in NF4{': ' + said if said else ''}. {training.get('steps', '–')} updates in "
         f"{number(training.get('seconds'), 0)} s{replayed}. Kept is update "
