@@ -532,8 +532,11 @@ def test_a_reader_that_leaves_early(home):
 
 
 def test_interrupted(home, tiny):
-    command = [sys.executable, ROOT / "chat.py", "--num-predict", "-1", "--model", tiny.folder, "Anything?"]
-    running = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, ROOT / "chat.py", "--num-predict", "-1", "--model", tiny.folder]
+    pipe = subprocess.PIPE
+    running = subprocess.Popen([*map(str, command)], stdin=pipe, stdout=pipe, stderr=pipe)
+    running.stdin.write(b"Anything?\n" * 2000)  # noise may end an answer at any token; not all of these
+    running.stdin.flush()
     running.stdout.read(1)  # it has begun to answer
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=30)
