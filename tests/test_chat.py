@@ -1,6 +1,7 @@
 """chat.py without a terminal: answers, caches, conversations, what the screen gets, scripting."""
 
 import dataclasses
+import functools
 import io
 import json
 import random
@@ -534,7 +535,8 @@ def test_a_reader_that_leaves_early(home):
 def test_interrupted(home, tiny):
     command = [sys.executable, ROOT / "chat.py", "--num-predict", "-1", "--model", tiny.folder]
     pipe = subprocess.PIPE
-    running = subprocess.Popen([*map(str, command)], stdin=pipe, stdout=pipe, stderr=pipe)
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background inherit "ignore"
+    running = subprocess.Popen([*map(str, command)], stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heard)
     running.stdin.write(b"Anything?\n" * 2000)  # noise may end an answer at any token; not all of these
     running.stdin.flush()
     running.stdout.read(1)  # it has begun to answer

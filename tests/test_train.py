@@ -167,7 +167,7 @@ def test_updates_are_those_of_a_plain_loop(faq, tiny_model, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     config = finetune.Config(
         model=str(tiny_model), data=(faq,), lora_r=4, lora_dropout=0.0, effective_batch_size=36, max_steps=3,
-        learning_rate=1e-2, lr_scheduler_type="constant", max_new_tokens=4, max_grad_norm=0.0,
+        learning_rate=1e-2, lr_scheduler_type="constant", max_new_tokens=4, max_grad_norm=0.0, replay_fraction=0.0,
     )  # fmt: skip
     result = finetune.run_evaluation(config)
 
