@@ -72,7 +72,8 @@ EVAL_BATCH = {"gpu": 32, "cpu": 64}  # rows answered at a time; 32 of a 7B take 
 RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
 BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: length costs no training
 NEUTRAL = "Please answer the question."  # how likely an answer is without its question
-GENERAL_TOKENS = 40  # of each of the base's own answers to general prompts
+GENERAL_TOKENS = 40  # of each of the base's own answers to general prompts, where these are measured
+REPLAY_TOKENS = 40  # and where they are trained on
 RETENTION_LIMIT = 0.05  # the loss on the base's own general answers may rise by 5%; beyond, it is weighed: judge()
 RESAMPLES = 10_000
 METRICS = ("nll", "ranking_top1", "chrf", "rouge_l", "eos_rate", "mean_words")
@@ -1050,6 +1051,9 @@ def add_lora(model: PreTrainedModel, config: Config, source: Source, checkpointi
 # Plan: how an update of `effective_batch_size` rows is cut into forward passes, and what that takes
 
 
+ADAMW, ADAMW_8BIT = "adamw_torch_fused", "adamw_8bit"  # the first in one kernel, without copies of all moments
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     micro_batch_size: int
@@ -1060,6 +1064,7 @@ class Plan:
     updates: int  # at most
     memory: dict[str, float]  # estimates in GiB
     reason: str
+    optim: str = ADAMW
     close: bool = False  # the estimate is near the limit, so a GPU measures before it trusts it
 
     @property
@@ -1082,12 +1087,12 @@ def count_weights(shape: dict, config: Config) -> tuple[int, int, int, list[tupl
 
 
 def estimate_memory(
-    shape: dict, config: Config, tokens: int, labels: int, checkpointing: bool, gpu: bool
+    shape: dict, config: Config, tokens: int, labels: int, checkpointing: bool, gpu: bool, optim: str = ADAMW
 ) -> dict[str, float]:
     """GiB by part for one forward and backward over `tokens` tokens, `labels` of them trained.
 
     Counted from the shapes; what a layer keeps for its backward pass is fitted to measurements (README, memory table).
-    LoRA's weights, gradients and AdamW's two moments are fp32.
+    LoRA's weights, gradients and AdamW's two moments are fp32, but for the moments of 8-bit AdamW.
     """
     linear, embeddings, lora, adapted = count_weights(shape, config)
     hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
@@ -1100,27 +1105,34 @@ def estimate_memory(
     return {
         "weights": (linear * 0.516 + embeddings * size) / GIB,  # NF4 with double quantization: 4.127 bits
         "LoRA": lora * 4 / GIB,
-        "gradients and optimizer": lora * 12 / GIB,
+        "gradients and optimizer": lora * (4 + moment_bytes(optim)) / GIB,
         "activations": (tokens * layers * kept + labels * shape["vocab_size"] * 10) / GIB,
         "libraries": 0.15 if gpu else 1.6,
     }
 
 
-PLAN_IN_RUN_JSON = ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free")
+def moment_bytes(optim: str) -> int:
+    """Of AdamW's two moments, for each number that is trained."""
+    return 2 if optim == ADAMW_8BIT else 8
 
 
-def choices(batch: int, gpu: bool) -> Iterator[tuple[int, bool]]:
-    """(rows a forward, checkpointing), fastest first. A GPU waits for its processor: on it one checkpointed forward
-    is faster than two without; a CPU has nothing to gain from large ones.
+PLAN_IN_RUN_JSON = (
+    "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
+)  # fmt: skip
+
+
+def choices(batch: int, gpu: bool) -> Iterator[tuple[int, bool, str]]:
+    """(rows a forward, checkpointing, optimizer), fastest first. A GPU waits for its processor: on it one checkpointed
+    forward is faster than two without; a CPU has nothing to gain from large ones. Moments in 8 bits come last: they
+    alone change, by rounding, what is learned.
     """
     for size in range(batch, 0, -1):
         if batch % size == 0:
             if size == batch or not gpu:
-                yield size, False
+                yield size, False, ADAMW
             if gpu:
-                yield size, True
-    if not gpu:
-        yield 1, True
+                yield size, True, ADAMW
+    yield 1, True, ADAMW_8BIT if gpu else ADAMW
 
 
 def make_plan(config: Config, shape: dict, train: list[Example], memory: float | None) -> Plan:
@@ -1134,18 +1146,18 @@ def make_plan(config: Config, shape: dict, train: list[Example], memory: float |
     memory = memory if gpu else psutil.virtual_memory().available / GIB
     by_length = sorted(train, key=lambda example: -len(example.input_ids))
     batch = min(config.effective_batch_size, len(train))
-    for micro, checkpointing in choices(batch, gpu):
+    for micro, checkpointing, optim in choices(batch, gpu):
         longest = by_length[:micro]
         tokens = sum(len(example.input_ids) for example in longest)
         labels = tokens - sum(example.prompt_length for example in longest)
-        need = estimate_memory(shape, config, tokens, labels, checkpointing, gpu)
+        need = estimate_memory(shape, config, tokens, labels, checkpointing, gpu, optim)
         if sum(need.values()) < 0.92 * memory:
             break
     per_epoch = math.ceil(len(train) / batch)
     updates = config.max_steps if config.max_steps > 0 else math.ceil(per_epoch * config.num_train_epochs)
     reason = f"needs about {sum(need.values()):.1f} of {memory:.1f} GiB" + ("" if gpu else " of RAM")
     close = checkpointing or sum(need.values()) > 0.6 * memory
-    return Plan(micro, batch // micro, checkpointing, True, per_epoch, updates, need, reason, close)
+    return Plan(micro, batch // micro, checkpointing, True, per_epoch, updates, need, reason, optim, close)
 
 
 def smaller(plan: Plan, reason: str) -> Plan | None:
@@ -1218,7 +1230,7 @@ def train(
             warmup_steps=config.warmup_steps,
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
-            optim="adamw_torch" if gpu else "adamw_torch_fused",  # fused, a GPU gained nothing
+            optim=plan.optim,
             bf16=gpu and compute_dtype(config.fp16) == torch.bfloat16,
             fp16=gpu and compute_dtype(config.fp16) == torch.float16,
             use_cpu=not gpu,
@@ -1243,6 +1255,8 @@ def train(
         )
         for weight, data in exact:  # TRL rounds the adapter of a 4-bit model to bf16, and AdamW's steps with it
             weight.data = data
+        if gpu:
+            trainer.data_collator = like_lengths(trainer.data_collator, tokenizer.pad_token_id)
         monitor.trainer = trainer
         if default := [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
             trainer.remove_callback(default[0])
@@ -1307,7 +1321,7 @@ def stop_out_of_memory() -> NoReturn:
 def measured_plan(build: Callable, plan: Plan, train: list[Example], memory: float) -> tuple[Plan, Any]:
     """The fastest plan that a forward and backward over the longest rows shows to fit, and its trainer."""
     batch = plan.micro_batch_size * plan.gradient_accumulation_steps
-    for rows, checkpointing in choices(batch, gpu=True):
+    for rows, checkpointing, optim in choices(batch, gpu=True):
         longest = sum(sorted((len(example.input_ids) for example in train), reverse=True)[:rows])
         if not checkpointing and plan.gradient_checkpointing and plan.total > 2 * memory:
             continue  # the estimate is never that wrong
@@ -1316,10 +1330,11 @@ def measured_plan(build: Callable, plan: Plan, train: list[Example], memory: flo
             micro_batch_size=rows,
             gradient_accumulation_steps=batch // rows,
             gradient_checkpointing=checkpointing,
+            optim=optim,
         )
         trainer = build(planned)
         peak = probe(trainer, train, planned)
-        if peak < 0.95 * memory:
+        if peak < (1 if optim == ADAMW_8BIT else 0.95) * memory:  # after the last choice there is nothing to lose
             reason = f"measured {peak:.1f} of {memory:.1f} GiB on the longest {longest} tokens"
             return dataclasses.replace(planned, reason=reason), trainer
     stop_out_of_memory()
@@ -1353,8 +1368,22 @@ def probe(trainer: Any, train: list[Example], plan: Plan) -> float:
     finally:
         model.zero_grad(set_to_none=True)
         model.train(training)
-    moments = 8 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moments = moment_bytes(plan.optim) * sum(p.numel() for p in model.parameters() if p.requires_grad)
     return (torch.cuda.max_memory_allocated() + moments) / GIB if torch.cuda.is_available() else 0.0
+
+
+def like_lengths(collate: Callable[[list[dict]], dict], pad_token_id: int, multiple: int = 8) -> Callable:
+    """`collate` with the rows of an update in order of length, each lengthened to a multiple of 8 by tokens that carry
+    no label and that no other token sees. A GPU has slower kernels for products over other numbers of tokens, and rows
+    of one length share their attention's: 63 ms of an update became 53.
+    """
+    fill = {"input_ids": pad_token_id, "labels": -100, "completion_mask": 0}
+
+    def lengthened(row: dict) -> dict:
+        missing = -len(row["input_ids"]) % multiple
+        return row | {name: [*row[name], *[value] * missing] for name, value in fill.items() if name in row}
+
+    return lambda rows: collate([lengthened(row) for row in sorted(rows, key=lambda row: len(row["input_ids"]))])
 
 
 def packed_loss(model: PreTrainedModel, inputs: dict, num_items: int | None) -> torch.Tensor:
@@ -1788,7 +1817,7 @@ def general_prompts(tokenizer: PreTrainedTokenizerBase, file: str) -> list[Examp
 def prompts_to_replay(tokenizer: PreTrainedTokenizerBase, train: list[Example], config: Config) -> list[Example]:
     """Other prompts than those that are measured: else their loss would show what was learned, not what was kept."""
     prompts = general_prompts(tokenizer, "replay_prompts.json")
-    fitting = [example for example in prompts if example.prompt_length + GENERAL_TOKENS <= config.max_length]
+    fitting = [example for example in prompts if example.prompt_length + REPLAY_TOKENS <= config.max_length]
     return fitting[: round(config.replay_fraction * len(train))]
 
 
@@ -1798,19 +1827,19 @@ def replay(
     """The base's own answers to these, made once: a run that is resumed must train on the very same."""
     file = partial / "replay.json"
     if not (config.resume and file.is_file()):
-        answered = general_answers(model, tokenizer, prompts_to_replay(tokenizer, train, config))
+        answered = general_answers(model, tokenizer, prompts_to_replay(tokenizer, train, config), REPLAY_TOKENS)
         file.write_text(json.dumps([[e.prompt_length, e.input_ids] for e in answered]) + "\n", encoding="utf-8")
     saved = json.loads(file.read_text(encoding="utf-8"))
     return [Example(Row((), "", file.name), ids, prompt_length) for prompt_length, ids in saved]
 
 
 def general_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Example]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Example], max_new_tokens: int
 ) -> list[Example]:
     """General prompts with the model's own answers. Those of the base are replayed in training, to keep it where it was
     when nobody asks about the data; on others, how much likelier they were before than after tells how far it went.
     """
-    new = generate(model, tokenizer, [example.input_ids for example in prompts], GENERAL_TOKENS)
+    new = generate(model, tokenizer, [example.input_ids for example in prompts], max_new_tokens)
     return [
         dataclasses.replace(example, input_ids=example.input_ids + ids)
         for example, ids in zip(prompts, new, strict=True)
@@ -1883,7 +1912,8 @@ def measure_base(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam
 ) -> tuple[dict[str, dict], dict[str, float]]:
     """Both arms of the base, and its other losses. Its general answers go into the exam: the tuned model meets them."""
-    exam.general = general_answers(model, tokenizer, general_prompts(tokenizer, "general_prompts.json"))
+    prompts = general_prompts(tokenizer, "general_prompts.json")
+    exam.general = general_answers(model, tokenizer, prompts, GENERAL_TOKENS)
     arms = {"before": sit_exam(model, tokenizer, exam), "prompted": sit_exam(model, tokenizer, exam, briefly=True)}
     return arms, other_losses(model, tokenizer, exam)
 
@@ -2328,7 +2358,9 @@ def show_plan(plan: Plan, config: Config) -> None:
         f"{plan.gradient_accumulation_steps} forward passes of {rows}"
         if plan.gradient_accumulation_steps > 1
         else f"{rows} in one forward"
-    ) + (", activations recomputed" if plan.gradient_checkpointing else "")
+    )
+    times += ", activations recomputed" if plan.gradient_checkpointing else ""
+    times += ", AdamW in 8 bits" if plan.optim == ADAMW_8BIT else ""
     say(
         "Plan",
         f"an update is {times}: {plan.reason}; {plan.updates_per_epoch} updates an epoch, {plan.updates} at most, "
@@ -2500,7 +2532,7 @@ def dry_run(config: Config) -> None:
     examples = encode_split(tokenizer, data, config)
     shape = source.config
     replayed = [
-        dataclasses.replace(e, input_ids=e.input_ids + [tokenizer.eos_token_id] * GENERAL_TOKENS)
+        dataclasses.replace(e, input_ids=e.input_ids + [tokenizer.eos_token_id] * REPLAY_TOKENS)
         for e in prompts_to_replay(tokenizer, examples["train"], config)
     ]
     trained = examples["train"] + replayed

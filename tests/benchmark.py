@@ -379,7 +379,7 @@ def chat_ours(options: argparse.Namespace) -> list[dict]:
 
 
 ARMS = {
-    "training": {"seed": train_seed, "unsloth": train_unsloth, "ours": train_ours},
+    "training": {"ours": train_ours, "seed": train_seed, "unsloth": train_unsloth},
     "memory": {kind: lambda options, kind=kind: memory(options, kind) for kind in ("fp32", "fp16", "4-bit")},
     "chat": {"generate": chat_generate, "unsloth": chat_unsloth, "ours": chat_ours},
 }

@@ -25,9 +25,10 @@ import finetune
 
 ANSWERED = 32  # test questions, the first ones of finetune.py's order
 # What differs from PLAIN. `scope`: the tokens that are trained. `quant`: the base that is trained on and answers.
+# `replay`: general prompts for each row of the data, and tokens of the base's answer to each.
 PLAIN = {
     "rate": 1e-3, "epochs": 3, "warmup": 0.1, "dropout": 0.1, "scope": "answer", "quant": "nf4", "patience": 1,
-    "plus": 1, "rslora": False, "noise": 0, "replay": False,
+    "plus": 1, "rslora": False, "noise": 0, "replay": (0, 40),
 }  # fmt: skip
 SEED = {"rate": 2e-4, "epochs": 5, "warmup": 0, "scope": "all", "patience": 0}
 RECIPES = {
@@ -42,7 +43,9 @@ RECIPES = {
     "1e-3, rsLoRA": {"rslora": True},
     "5e-4, LoRA+ 16": {"rate": 5e-4, "plus": 16},
     "1e-3, NEFTune 5": {"noise": 5},
-    "5e-4, replay": {"rate": 5e-4, "replay": True},
+    "5e-4, replay 15% of 40 tokens": {"rate": 5e-4, "replay": (0.15, 40)},
+    "5e-4, replay 15% of 100 tokens": {"rate": 5e-4, "replay": (0.15, 100)},
+    "5e-4, replay 5% of 100 tokens": {"rate": 5e-4, "replay": (0.05, 100)},
 }
 
 
@@ -55,7 +58,11 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
 
     recipe = PLAIN | RECIPES[name]
     config = finetune.Config(
-        data=(args.data,), split_field=args.split_field, eval_values=args.eval_values, test_values=args.test_values
+        data=(args.data,),
+        split_field=args.split_field,
+        eval_values=args.eval_values,
+        test_values=args.test_values,
+        replay_fraction=recipe["replay"][0],
     )
     data, source = finetune.load_data(config), finetune.find_model(args.model, gpu=False)
     finetune.fetch_weights(source)
@@ -71,19 +78,21 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     ).dequantize()  # the same numbers, dequantized once
     finetune.autocast = lambda model, half=False: torch.autocast(device, enabled=False)
     set_seed(42)
-    greedy = finetune.general_answers(model, tokenizer, finetune.general_prompts(tokenizer, "general_prompts.json"))
+    general = finetune.general_prompts(tokenizer, "general_prompts.json")
+    greedy = finetune.general_answers(model, tokenizer, general, finetune.GENERAL_TOKENS)
     sampled = sampled_answers(model, tokenizer, greedy)
-    prompts = finetune.prompts_to_replay(tokenizer, examples["train"], config) if recipe["replay"] else []
-    replayed = finetune.general_answers(model, tokenizer, prompts)
+    prompts = finetune.prompts_to_replay(tokenizer, examples["train"], config)
+    replayed = finetune.general_answers(model, tokenizer, prompts, recipe["replay"][1])
     asked, longest = examples["test"][:ANSWERED], max(len(e.input_ids) - e.prompt_length for e in examples["train"])
 
     def measure() -> dict:
         losses = {side: finetune.answer_nll(model, tokenizer, examples[side]) for side in ("eval", "test")}
-        answers, _ = finetune.greedy_answers(model, tokenizer, asked, math.ceil(1.5 * longest))
+        answers, ended = finetune.greedy_answers(model, tokenizer, asked, math.ceil(1.5 * longest))
         return {
             "eval": finetune.mean(losses["eval"]),
             "test": losses["test"],
             "chrf": [finetune.chrf(answer, e.row.answer) for answer, e in zip(answers, asked, strict=True)],
+            "ended": finetune.mean(ended),
             "general": finetune.mean(finetune.answer_nll(model, tokenizer, sampled)),
             "general, greedy": finetune.mean(finetune.answer_nll(model, tokenizer, greedy)),
         }
@@ -197,9 +206,9 @@ def table(runs: list[dict]) -> str:
 
     reference = per_question(next((of for name, of in by_recipe.items() if name.startswith("seed on")), runs[:1]))
     lines = [
-        "| recipe | seeds | epoch kept | test loss | against the seed on our base | chrF | general answers, sampled "
-        "and greedy | each epoch |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| recipe | seeds | epoch kept | test loss | against the seed on our base | chrF | come to an end "
+        "| general answers, sampled and greedy | each epoch |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, of in by_recipe.items():
         values = per_question(of)
@@ -218,7 +227,8 @@ def table(runs: list[dict]) -> str:
         lines.append(
             f"| {name} | {len(of)} | {places} | {finetune.mean(values):.3f} [{low:.3f}, {high:.3f}] "
             f"| {change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}] "
-            f"| {answers[0]:.1f} [{answers[1]:.1f}, {answers[2]:.1f}] | {general:+.1f}% {greedy:+.1f}% "
+            f"| {answers[0]:.1f} [{answers[1]:.1f}, {answers[2]:.1f}] "
+            f"| {100 * finetune.mean([kept(run)['ended'] for run in of]):.0f}% | {general:+.1f}% {greedy:+.1f}% "
             f"| {' '.join(f'{value:.3f}' for value in curve)} |"
         )
     return "\n".join(lines)

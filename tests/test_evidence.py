@@ -76,9 +76,9 @@ def test_replay_is_what_the_base_says_to_prompts_that_are_not_measured(base):
     prompts = finetune.prompts_to_replay(tokenizer, examples_of(tokenizer, 20), Config(replay_fraction=0.15))
     assert len(prompts) == 3 and not finetune.prompts_to_replay(tokenizer, prompts, Config(replay_fraction=0))
     measured = {e.row.prompt[-1]["content"] for e in finetune.general_prompts(tokenizer, "general_prompts.json")}
-    for example in finetune.general_answers(model, tokenizer, prompts):
+    for example in finetune.general_answers(model, tokenizer, prompts, finetune.REPLAY_TOKENS):
         ids = finetune.chat_ids(tokenizer, list(example.row.prompt), add_generation_prompt=True)
-        out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=finetune.GENERAL_TOKENS)[0].tolist()
+        out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=finetune.REPLAY_TOKENS)[0].tolist()
         assert example.input_ids == out and example.completion_mask == [0] * len(ids) + [1] * (len(out) - len(ids))
         assert example.row.prompt[-1]["content"] not in measured
 

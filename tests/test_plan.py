@@ -147,3 +147,42 @@ def test_a_7b_within_6_gib():
     plan = finetune.make_plan(config, SEVEN_B, train, 6.0)
     assert plan.gradient_checkpointing and plan.total < 6
     assert plan.micro_batch_size * plan.gradient_accumulation_steps == 4
+
+
+def test_a_7b_in_less_than_5_gib_takes_8_bit_moments_last():
+    row = finetune.Row(({"role": "user", "content": "?"},), "!", "")
+    train = [finetune.Example(row, [1] * 125, 40)] * 200
+    plan = finetune.make_plan(finetune.Config(num_train_epochs=1), SEVEN_B, train, 4.7)
+    assert (plan.micro_batch_size, plan.gradient_checkpointing, plan.optim) == (1, True, "adamw_8bit")
+    assert plan.total < 4.7 and plan.close
+    orders = list(finetune.choices(4, gpu=True))
+    assert [optim for _, _, optim in orders].count("adamw_8bit") == 1 and orders[-1][2] == "adamw_8bit"
+    assert all(optim != "adamw_8bit" for _, _, optim in finetune.choices(4, gpu=False))
+
+
+def test_rows_lengthened_for_a_gpu_give_the_same_loss_and_gradients(config, tiny_model):
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    source = finetune.find_model(str(tiny_model), gpu=False)
+    tokenizer = finetune.load_tokenizer(source.folder)
+    examples = finetune.encode_split(tokenizer, finetune.load_data(config), config)["train"][:4]
+    rows = [
+        {"input_ids": e.input_ids, "labels": [-100] * e.prompt_length + e.input_ids[e.prompt_length :]}
+        for e in examples
+    ]
+    model = finetune.add_lora(finetune.load_for_training(source, config), config, source, checkpointing=False)
+    collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
+    results = []
+    for how in (collate, finetune.like_lengths(collate, tokenizer.pad_token_id)):
+        batch = how(rows)
+        model.zero_grad()
+        loss = finetune.packed_loss(model, batch, None)
+        loss.backward()
+        grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+        starts = (batch["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
+        results.append((starts, (batch["labels"] != -100).sum().item(), loss.item(), grads))
+    plain, longer = results
+    assert any(start % 8 for start in plain[0]) and not any(start % 8 for start in longer[0])
+    assert plain[1] == longer[1] and plain[2] == pytest.approx(longer[2], abs=1e-6)
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(plain[3], longer[3], strict=True))
+    assert all(any(g.abs().max() > 0 for g in result[3]) for result in results)
