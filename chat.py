@@ -2057,7 +2057,7 @@ class Chat:
         vote = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "between": between, "winner": named.get(winner or "")}
         path = private_file(state_folder() / "votes.jsonl")
         with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(vote | {"question": question, "seed": seed}, ensure_ascii=False) + "\n")
+            file.write(finetune.json_text(vote | {"question": question, "seed": seed}) + "\n")
         votes = []
         for line in path.read_text(encoding="utf-8").splitlines():
             loaded = finetune.parse_json(line, "")
@@ -2079,7 +2079,7 @@ class Chat:
     def do_save(self, rest: str) -> None:
         path = self.path(rest, "/save")
         if self.may_write(path):
-            write_whole(path, json.dumps(self.conversation.as_json(), indent=1, ensure_ascii=False) + "\n")
+            write_whole(path, finetune.json_text(self.conversation.as_json(), indent=1) + "\n")
             self.note(f"Saved {len(self.conversation.turns)} turns to {path}")
 
     def do_load(self, rest: str) -> None:
@@ -2143,8 +2143,7 @@ def script(config: Config, source: Source, adapters: list[Adapter]) -> None:
 def print_json(question: str, answer: Answer) -> None:
     fields = {"model": answer.model, "question": question, "answer": answer.text, "tokens": answer.tokens}
     fields |= {"seconds": round(answer.seconds, 3), "seed": answer.seed}
-    line = json.dumps(fields, ensure_ascii=False)
-    print(finetune.CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", line), flush=True)
+    print(finetune.json_text(fields), flush=True)
 
 
 def load(config: Config, source: Source, adapters: list[Adapter]) -> Engine:

@@ -66,7 +66,12 @@ def test_a_runs_json_is_a_config_file(tmp_path):
     path = tmp_path / "run.json"
     values = {"learning_rate": 3e-5, "data": (finetune.Path("x.csv"),), "replay_fraction": 0.0, "seed": 0}
     saved = finetune.config_as_json(finetune.Config(**values))
-    path.write_text(json.dumps({"status": "complete", "config": saved}))
+    said = "a model says \x95, \x9b31m and \ud800"  # in YAML these are errors, in a terminal commands
+    text = finetune.json_text({"status": "complete", "config": saved, "said": said}, indent=1)
+    assert not finetune.CONTROL.search(text) and json.loads(text)["said"] == said
+    path.write_text(text)
+    assert finetune.parse(["--config", str(path)]) == finetune.Config(**values, config=path)
+    path.write_text(json.dumps(json.loads(text) | {"said": "\x95"}, ensure_ascii=False))
     assert finetune.parse(["--config", str(path)]) == finetune.Config(**values, config=path)
     again = finetune.command_of(saved)
     assert finetune.parse(again.split()[2:]) == finetune.Config(**values)
