@@ -2133,8 +2133,9 @@ def base_of(run: dict) -> tuple[str, str | None]:
 
 
 def model_card(run: dict, name: str) -> str:
-    """README.md of the adapter: the metadata that the hub reads, and what was measured, good or bad."""
+    """README.md of the adapter, from data/model_card.md.jinja: what the hub reads, and what was measured."""
     import yaml
+    from jinja2 import Environment
 
     run = harmless(run)
     name = harmless(" ".join(name.split()))
@@ -2148,35 +2149,15 @@ def model_card(run: dict, name: str) -> str:
         "tags": ["lora", "sft", "trl", "question-answering"],
         "license": license_of_base or "unknown",
     }
-    evaluation, data = run.get("evaluation") or {}, run.get("data") or {}
-    verdict = evaluation.get("verdict") or {"sentence": "Whether tuning helped was not measured."}
-    sentence = verdict["sentence"].rstrip(".")
-    parts = [
-        "---\n" + yaml.safe_dump(meta, sort_keys=False, allow_unicode=True) + "---",
-        f"# {name}",
-        f"A LoRA adapter for {code(base)}, trained on questions and their answers. Measured on questions that it was "
-        "not trained on:",
-        f"**{sentence[:1].upper()}{sentence[1:]}.**",
-        "## Results",
-        results_table(evaluation),
-        "Brackets: 95% interval, bootstrap over groups of near-duplicate questions; when it includes 0, the change "
-        "may be chance. Loss is the mean over questions of an answer's mean token negative log-likelihood, in nats. "
-        "*Told to be brief* is the base model asked for answers as long as these: what asking does without training.",
-        kept_and_copied(evaluation),
-        "## Data and split",
-        data_and_split(data, evaluation, run.get("config") or {}),
-        "## Training",
-        training_in_words(run),
-        "## Limits",
-        "A lower loss and more likeness to reference answers say that the model writes more like these answers, not "
-        "that what it says is true. It was measured on questions of the same kind as it was trained on, with greedy "
-        "decoding and the base in 4 bits; of other use nothing is known. Check facts before you rely on them.",
-        "## Licence",
-        f"Of the base model {code(base)}: {license_of_base or 'not known here, see its own page'}. The adapter is "
-        "bound by it; the licence of the data is its owner's to say.",
-        "Questions with their answers are in `report.html`; all numbers, settings, hashes and versions in `run.json`.",
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    page = Environment(keep_trailing_newline=True)  # Markdown: what is not ours goes through |code instead of escapes
+    page.filters |= {"code": code, "number": number}
+    return page.from_string((HERE / "data/model_card.md.jinja").read_text(encoding="utf-8")).render(
+        run=run,
+        name=name,
+        metadata=yaml.safe_dump(meta, sort_keys=False, allow_unicode=True),
+        base=base,
+        license=license_of_base,
+    )
 
 
 def code(text: Any) -> str:
@@ -2187,95 +2168,6 @@ def code(text: Any) -> str:
 def number(value: Any, digits: int, scale: float = 1, sign: str = "", unit: str = "") -> str:
     measured = isinstance(value, (int, float)) and math.isfinite(value)
     return f"{value * scale:{sign}.{digits}f}{unit}" if measured else "–"
-
-
-# What the card calls a metric, the factor that it is shown with, decimals, unit
-CARD_METRICS = {
-    "nll": ("loss on the right answers (lower is better)", 1, 3, ""),
-    "ranking_top1": ("right answer picked out of others", 100, 0, "%"),
-    "chrf": ("chrF to the reference, 0 to 100", 1, 1, ""),
-    "rouge_l": ("ROUGE-L to the reference, 0 to 1", 1, 3, ""),
-    "eos_rate": ("answers that come to an end", 100, 0, "%"),
-    "mean_words": ("words in an answer", 1, 0, ""),
-}
-
-
-def results_table(evaluation: dict) -> str:
-    """Markdown: metrics by arms, and the change with its interval."""
-    delta = evaluation.get("delta") or {}
-
-    def change(key: str, scale: float, digits: int) -> str:
-        middle, low, high = (number(v, digits, scale, "+") for v in delta.get(key) or [None] * 3)
-        return f"{middle} [{low}, {high}]" if delta.get(key) else "–"
-
-    lines = ["| | base | base, told to be brief | tuned | change from base |", "| --- |" + " --- |" * 4]
-    for key, (label, scale, digits, unit) in CARD_METRICS.items():
-        if key == "ranking_top1" and evaluation.get("ranking_chance"):
-            label += f" (chance: {number(evaluation['ranking_chance'], 0, 100)}%)"
-        arms = [(evaluation.get(arm) or {}).get(key) for arm in ("before", "prompted", "after")]
-        cells = [number(value, digits, scale, unit=unit) for value in arms]
-        lines.append(f"| {label} | {' | '.join(cells)} | {change(key, scale, digits)} |")
-    if delta.get("chrf_vs_prompted"):
-        lines.append(f"| chrF, tuned less told to be brief | | | | {change('chrf_vs_prompted', 1, 1)} |")
-    return "\n".join(lines)
-
-
-def kept_and_copied(evaluation: dict) -> str:
-    kept, copied = evaluation.get("retention") or {}, evaluation.get("memorization") or {}
-    lines = []
-    if kept:
-        lines.append(
-            f"**What it kept:** the loss on the base model's own answers to {kept.get('prompts', 'some')} general "
-            f"prompts, which have nothing to do with the data, went from {number(kept.get('before'), 3)} to "
-            f"{number(kept.get('after'), 3)} ({number(kept.get('change_percent'), 1, sign='+', unit='%')})."
-        )
-    if copied:
-        lines.append(
-            f"**What it learned by heart:** loss on training answers {number(copied.get('train_nll_before'), 3)} to "
-            f"{number(copied.get('train_nll_after'), 3)}, on held-out ones "
-            f"{number(copied.get('held_out_nll_before'), 3)} to {number(copied.get('held_out_nll_after'), 3)}; "
-            f"{number(copied.get('copied_share'), 0, 100)}% of its answers to held-out questions repeat a training "
-            "answer almost letter by letter."
-        )
-    return "\n\n".join(lines)
-
-
-def data_and_split(data: dict, evaluation: dict, config: dict) -> str:
-    names = [f"{code(Path(file['path']).name)} ({file['rows']} rows)" for file in data.get("files") or []]
-    count = {key: len(data.get(f"{key}_ids") or []) for key in ("train", "eval", "test")}
-    measured = len(evaluation.get("questions") or []) or count["test"] or count["eval"]
-    answered = len((evaluation.get("after") or {}).get("answers") or {})
-    how = "by lot, near-duplicate questions kept on one side"
-    if config.get("split_field"):
-        how = f"as the column {code(config['split_field'])} says"
-    test = data.get("test_ids")
-    one_set = test == data.get("eval_ids") if test else not config.get("split_field")
-    flattered = (
-        "The same held-out rows chose the update that was kept, so the loss after tuning is a little flattered."
-        if one_set
-        else "Other rows than these chose the update that was kept."
-    )
-    return (
-        f"{', '.join(names) or 'Not recorded'}. Split {how}: {count['train']} rows trained on, {measured} held out "
-        f"and measured, {answered} of them also answered; {len(data.get('dropped') or [])} repeated rows dropped. "
-        f"{flattered}"
-    )
-
-
-def training_in_words(run: dict) -> str:
-    training, config, machine = (run.get(key) or {} for key in ("training", "config", "environment"))
-    memory = training.get("peak_vram_gib") or training.get("peak_ram_gib")
-    settings = {"rank": "lora_r", "alpha": "lora_alpha", "dropout": "lora_dropout", "learning rate": "learning_rate"}
-    said = ", ".join(f"{label} {config[key]}" for label, key in settings.items() if config.get(key) is not None)
-    count = (run.get("data") or {}).get("replayed")
-    replayed = f", {count} other general prompts with the base's own answers among the rows" if count else ""
-    return (
-        f"LoRA on the base in NF4{': ' + said if said else ''}. {training.get('steps', '–')} updates in "
-        f"{number(training.get('seconds'), 0)} s{replayed}. Kept is update "
-        f"{training.get('best_step', '–')}; peak memory "
-        f"{number(memory, 1)} GiB on {code(machine.get('gpu') or machine.get('cpu') or 'an unknown machine')}. "
-        f"Training loss: {number(training.get('first_loss'), 3)} to {number(training.get('last_loss'), 3)}."
-    )
 
 
 def environment() -> dict:

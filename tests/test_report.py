@@ -357,6 +357,7 @@ def test_card_has_the_results_and_the_limits(run):
     assert f"{len(run['data']['train_ids'])} rows trained on, {len(evaluation['questions'])} held out" in card
     table = [line for line in card.splitlines() if line.startswith("|")]
     assert len(table) == 9 and {line.count("|") for line in table} == {6}
+    assert "8 bits" not in card and "8 bits" in model_card(run | {"plan": {"optim": "adamw_8bit"}}, "x")
 
 
 def test_card_says_harmed_when_it_harmed(run):
