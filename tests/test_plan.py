@@ -30,7 +30,7 @@ def trained(config, tiny_model, tmp_path):
     tokenizer = finetune.load_tokenizer(source.folder)
     examples = finetune.encode_split(tokenizer, finetune.load_data(config), config)
 
-    def call(micro: int, checkpointing: bool = False, callbacks: tuple = (), **changes):
+    def call(micro: int, checkpointing: bool = False, callbacks: tuple = (), optim: str = finetune.ADAMW, **changes):
         own = dataclasses.replace(config, **changes)
         set_seed(own.seed)
         model = finetune.add_lora(finetune.load_for_training(source, own), own, source, checkpointing=True)
@@ -41,6 +41,7 @@ def trained(config, tiny_model, tmp_path):
             micro_batch_size=micro,
             gradient_accumulation_steps=batch // micro,
             gradient_checkpointing=checkpointing,
+            optim=optim,
         )
         partial = tmp_path / f"{len(list(tmp_path.iterdir()))}.partial"
         partial.mkdir()
@@ -81,12 +82,14 @@ class OutOfMemoryOnce:
         self.callback = Callback()
 
 
-@pytest.mark.parametrize("step", [0, 2])
-def test_out_of_memory_in_mid_run_halves_the_rows_and_loses_no_update(trained, step):
-    reference, _, adapter = trained(3)
+@pytest.mark.parametrize(("step", "optim"), [(0, finetune.ADAMW), (2, finetune.ADAMW), (2, finetune.ADAMW_8BIT)])
+def test_out_of_memory_in_mid_run_halves_the_rows_and_loses_no_update(trained, step, optim):
+    rank = 4 if optim == finetune.ADAMW else 64  # smaller matrices keep moments in 32 bits
+    reference, _, adapter = trained(3, optim=optim, lora_r=rank)
     once = OutOfMemoryOnce(step).callback
-    training, plan, weights = trained(3, callbacks=(once,))
-    assert once.raised and (plan.micro_batch_size, plan.gradient_accumulation_steps) == (1, 6)
+    training, plan, weights = trained(3, callbacks=(once,), optim=optim, lora_r=rank)
+    assert once.raised and plan.optim == optim
+    assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == (1, 6)
     assert f"update {step + 1}" in plan.reason
     assert [entry["step"] for entry in training["log"]] == [entry["step"] for entry in reference["log"]]
     assert agree(adapter, weights, 1e-5)
