@@ -189,7 +189,7 @@ def flags_from_file(path: Path) -> list[str]:
             loaded = yaml.safe_load(text)
     except OSError as error:
         raise BadInput(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise BadInput(f"--config {path}: not YAML or JSON: {' '.join(str(error).split())}") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("config"), dict):  # a run.json
         loaded = loaded["config"]
@@ -1055,7 +1055,7 @@ def add_lora(model: PreTrainedModel, config: Config, source: Source, checkpointi
 # Plan: how an update of `effective_batch_size` rows is cut into forward passes, and what that takes
 
 
-ADAMW, ADAMW_8BIT = "adamw_torch_fused", "adamw_8bit"  # the first in one kernel, without copies of all moments
+ADAMW, ADAMW_8BIT = "adamw_torch_fused", "adamw_8bit"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1127,8 +1127,8 @@ PLAN_IN_RUN_JSON = (
 
 def choices(batch: int, gpu: bool) -> Iterator[tuple[int, bool, str]]:
     """(rows a forward, checkpointing, optimizer), fastest first. A GPU waits for its processor: on it one checkpointed
-    forward is faster than two without; a CPU has nothing to gain from large ones. Moments in 8 bits come last: they
-    alone change, by rounding, what is learned.
+    forward is faster than two without; a CPU has nothing to gain from large ones. Moments in 8 bits come last, and are
+    taken only when nothing else was measured to fit: they alone change, by rounding, what is learned.
     """
     for size in range(batch, 0, -1):
         if batch % size == 0:
@@ -1270,10 +1270,14 @@ def train(
     monitor = make_monitor(model, tokenizer, examples, config, partial)
     checkpoint = last_checkpoint(partial) if config.resume else None
     history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history if checkpoint else []
+    chosen = partial / "optim.json"  # a checkpoint's moments are those of one optimizer
+    optim = json.loads(chosen.read_text(encoding="utf-8")) if checkpoint and chosen.is_file() else None
     if gpu and plan.close:
-        plan, trainer = measured_plan(build, plan, examples["train"], free_memory(config))
+        plan, trainer = measured_plan(build, plan, examples["train"], free_memory(config), optim)
     else:
+        plan = dataclasses.replace(plan, optim=optim or plan.optim)
         trainer = build(plan)
+    chosen.write_text(json.dumps(plan.optim) + "\n", encoding="utf-8")
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     show_plan(plan, config)
@@ -1285,11 +1289,11 @@ def train(
         except torch.OutOfMemoryError:
             monitor.leave()
             step = trainer.state.global_step
-            plan = smaller(plan, f"memory ran out at update {step + 1}") or stop_out_of_memory()
         trainer.model.zero_grad(set_to_none=True)
         if step:  # weights and optimizer are those of the last whole update
             trainer._save_checkpoint(model, trial=None)
             checkpoint = last_checkpoint(partial)
+        plan = smaller(plan, f"memory ran out at update {step + 1}") or stop_out_of_memory(step)
         del trainer
         torch.cuda.empty_cache()
         trainer = build(plan)
@@ -1318,14 +1322,20 @@ def train(
     }, plan
 
 
-def stop_out_of_memory() -> NoReturn:
+def stop_out_of_memory(step: int = 0) -> NoReturn:
+    if step:
+        raise BadInput(f"memory ran out after {step} updates, at one row at a time; free some, then add --resume")
     raise BadInput("not even one row at a time fits the memory; free some, or lower --max-length or --lora-r")
 
 
-def measured_plan(build: Callable, plan: Plan, train: list[Example], memory: float) -> tuple[Plan, Any]:
-    """The fastest plan that a forward and backward over the longest rows shows to fit, and its trainer."""
+def measured_plan(
+    build: Callable, plan: Plan, train: list[Example], memory: float, optim: str | None = None
+) -> tuple[Plan, Any]:
+    """The fastest plan that a forward and backward over the longest rows shows to fit, and its trainer. `optim` is that
+    of the run which is resumed.
+    """
     batch = plan.micro_batch_size * plan.gradient_accumulation_steps
-    for rows, checkpointing, optim in choices(batch, gpu=True):
+    for rows, checkpointing, usual in choices(batch, gpu=True):
         longest = sum(sorted((len(example.input_ids) for example in train), reverse=True)[:rows])
         if not checkpointing and plan.gradient_checkpointing and plan.total > 2 * memory:
             continue  # the estimate is never that wrong
@@ -1334,11 +1344,11 @@ def measured_plan(build: Callable, plan: Plan, train: list[Example], memory: flo
             micro_batch_size=rows,
             gradient_accumulation_steps=batch // rows,
             gradient_checkpointing=checkpointing,
-            optim=optim,
+            optim=optim or usual,
         )
         trainer = build(planned)
         peak = probe(trainer, train, planned)
-        if peak < (1 if optim == ADAMW_8BIT else 0.95) * memory:  # after the last choice there is nothing to lose
+        if peak < (1 if usual == ADAMW_8BIT else 0.95) * memory:  # after the last choice there is nothing to lose
             reason = f"measured {peak:.1f} of {memory:.1f} GiB on the longest {longest} tokens"
             return dataclasses.replace(planned, reason=reason), trainer
     stop_out_of_memory()
@@ -1377,9 +1387,9 @@ def probe(trainer: Any, train: list[Example], plan: Plan) -> float:
 
 
 def like_lengths(collate: Callable[[list[dict]], dict], pad_token_id: int, multiple: int = 8) -> Callable:
-    """`collate` with the rows of an update in order of length, each lengthened to a multiple of 8 by tokens that carry
-    no label and that no other token sees. A GPU has slower kernels for products over other numbers of tokens, and rows
-    of one length share their attention's: 63 ms of an update became 54.
+    """`collate` with the rows of a forward in order of length, each lengthened to a multiple of 8 by tokens that carry
+    no label and that no token of the row sees. A GPU has slower kernels for products over other numbers of tokens, and
+    rows of one length share their attention's: 63 ms of an update became 54.
     """
     fill = {"input_ids": pad_token_id, "labels": -100, "completion_mask": 0}
 

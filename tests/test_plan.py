@@ -1,6 +1,8 @@
-"""The plan: how an update is cut into forward passes changes its speed and memory, never what is learned."""
+"""The plan: how an update is cut into forward passes changes its speed and memory, never what is learned. Only AdamW's
+moments in 8 bits, the last resort, change that, by rounding."""
 
 import dataclasses
+import signal
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ def trained(config, tiny_model, tmp_path):
     tokenizer = finetune.load_tokenizer(source.folder)
     examples = finetune.encode_split(tokenizer, finetune.load_data(config), config)
 
-    def call(micro: int, checkpointing: bool = False, callbacks: tuple = (), optim: str = finetune.ADAMW, **changes):
+    def call(micro, checkpointing=False, callbacks=(), optim=finetune.ADAMW, partial=None, **changes):
         own = dataclasses.replace(config, **changes)
         set_seed(own.seed)
         model = finetune.add_lora(finetune.load_for_training(source, own), own, source, checkpointing=True)
@@ -43,8 +45,8 @@ def trained(config, tiny_model, tmp_path):
             gradient_checkpointing=checkpointing,
             optim=optim,
         )
-        partial = tmp_path / f"{len(list(tmp_path.iterdir()))}.partial"
-        partial.mkdir()
+        partial = partial or tmp_path / f"{len(list(tmp_path.iterdir()))}.partial"
+        partial.mkdir(exist_ok=True)
         training, kept = finetune.train(model, tokenizer, examples, plan, own, partial, callbacks)
         weights = {name: weight.clone() for name, weight in model.state_dict().items() if "lora_" in name}
         return training, kept, weights
@@ -82,17 +84,80 @@ class OutOfMemoryOnce:
         self.callback = Callback()
 
 
-@pytest.mark.parametrize(("step", "optim"), [(0, finetune.ADAMW), (2, finetune.ADAMW), (2, finetune.ADAMW_8BIT)])
-def test_out_of_memory_in_mid_run_halves_the_rows_and_loses_no_update(trained, step, optim):
-    rank = 4 if optim == finetune.ADAMW else 64  # smaller matrices keep moments in 32 bits
-    reference, _, adapter = trained(3, optim=optim, lora_r=rank)
+@pytest.mark.parametrize("step", [0, 2])
+def test_out_of_memory_in_mid_run_halves_the_rows_and_loses_no_update(trained, step):
+    reference, _, adapter = trained(3)
     once = OutOfMemoryOnce(step).callback
-    training, plan, weights = trained(3, callbacks=(once,), optim=optim, lora_r=rank)
-    assert once.raised and plan.optim == optim
-    assert (plan.micro_batch_size, plan.gradient_accumulation_steps) == (1, 6)
+    training, plan, weights = trained(3, callbacks=(once,))
+    assert once.raised and (plan.micro_batch_size, plan.gradient_accumulation_steps) == (1, 6)
     assert f"update {step + 1}" in plan.reason
     assert [entry["step"] for entry in training["log"]] == [entry["step"] for entry in reference["log"]]
     assert agree(adapter, weights, 1e-5)
+
+
+def test_out_of_memory_at_the_smallest_plan_keeps_the_updates(trained, tmp_path):
+    with pytest.raises(finetune.BadInput, match=r"after 2 updates.*--resume"):
+        trained(1, True, (OutOfMemoryOnce(2).callback,), partial=tmp_path / "x.partial")
+    assert finetune.last_checkpoint(tmp_path / "x.partial").name == "checkpoint-2"
+    resumed = trained(1, True, partial=tmp_path / "x.partial", resume=True)[2]
+    assert agree(trained(1, True)[2], resumed, 1e-5)
+
+
+def stop_at(step: int):
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):
+            if state.global_step == step:
+                signal.raise_signal(signal.SIGINT)
+
+    return Callback()
+
+
+def dtypes_in(state) -> set:
+    if torch.is_tensor(state):
+        return {state.dtype}
+    return set().union(*map(dtypes_in, state.values())) if isinstance(state, dict) else set()
+
+
+@pytest.mark.parametrize(
+    ("first", "then"), [(finetune.ADAMW_8BIT, finetune.ADAMW), (finetune.ADAMW, finetune.ADAMW_8BIT)]
+)
+def test_a_resumed_run_keeps_the_optimizer_that_it_began_with(first, then, trained, tmp_path):
+    """More or less memory is free by then, so the plan may say another."""
+    partial, rank = tmp_path / "x.partial", 64  # smaller matrices keep their moments in 32 bits
+    with pytest.raises(KeyboardInterrupt):
+        trained(1, True, (stop_at(2),), first, partial, lora_r=rank)
+    saved = torch.load(finetune.last_checkpoint(partial) / "optimizer.pt", weights_only=True)["state"]
+    assert (torch.uint8 in dtypes_in(saved)) == (first == finetune.ADAMW_8BIT)
+    _, plan, resumed = trained(1, True, (), then, partial, lora_r=rank, resume=True)
+    assert plan.optim == first
+    assert agree(trained(1, True, (), first, lora_r=rank)[2], resumed, 1e-6)
+
+
+def test_the_first_plan_that_is_measured_to_fit_is_taken(monkeypatch):
+    row = finetune.Row(({"role": "user", "content": "?"},), "!", "")
+    train = [finetune.Example(row, [1] * 125, 40)] * 8
+    start = finetune.Plan(4, 1, False, True, 1, 1, {"all": 7.0}, "")
+
+    def measured(gib: dict, memory: float, optim: str | None = None):
+        def probe(trainer, rows, plan):
+            return gib[plan.micro_batch_size, plan.gradient_checkpointing, plan.optim == finetune.ADAMW_8BIT]
+
+        monkeypatch.setattr(finetune, "probe", probe)
+        plan, trainer = finetune.measured_plan(lambda plan: plan, start, train, memory, optim)
+        assert trainer.optim == plan.optim
+        return plan.micro_batch_size, plan.gradient_checkpointing, plan.optim == finetune.ADAMW_8BIT
+
+    gib = {(4, False, False): 6.4, (4, True, False): 4.9, (2, True, False): 4.85}
+    gib |= {(1, True, False): 4.8, (1, True, True): 4.6}
+    assert measured(gib, 8) == (4, False, False) and measured(gib, 6) == (4, True, False)
+    assert measured(gib, 5.08) == (1, True, False)  # 5% are left free
+    assert measured(gib, 4.7) == (1, True, True)  # but for the last choice
+    with pytest.raises(finetune.BadInput, match="not even one row"):
+        measured(gib, 4.5)
+    in_8_bits = {(rows, checkpointing, True): value for (rows, checkpointing, _), value in gib.items()}
+    assert measured(in_8_bits, 8, finetune.ADAMW_8BIT) == (4, False, True)  # so was the run that is resumed
 
 
 def test_when_nothing_is_left_to_halve_it_says_so():
@@ -173,6 +238,10 @@ def test_rows_lengthened_for_a_gpu_give_the_same_loss_and_gradients(config, tiny
         {"input_ids": e.input_ids, "labels": [-100] * e.prompt_length + e.input_ids[e.prompt_length :]}
         for e in examples
     ]
+
+    def size(example: finetune.Example) -> int:
+        return len(example.input_ids)
+
     model = finetune.add_lora(finetune.load_for_training(source, config), config, source, checkpointing=False)
     collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
     results = []
@@ -186,6 +255,8 @@ def test_rows_lengthened_for_a_gpu_give_the_same_loss_and_gradients(config, tiny
         results.append((starts, (batch["labels"] != -100).sum().item(), loss.item(), grads))
     plain, longer = results
     assert any(start % 8 for start in plain[0]) and not any(start % 8 for start in longer[0])
+    lengths = [end - start for start, end in zip(longer[0], longer[0][1:], strict=False)]
+    assert lengths == sorted(lengths) and [e.row.id for e in sorted(examples, key=size)] != [e.row.id for e in examples]
     assert plain[1] == longer[1] and plain[2] == pytest.approx(longer[2], abs=1e-6)
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(plain[3], longer[3], strict=True))
     assert all(any(g.abs().max() > 0 for g in result[3]) for result in results)
