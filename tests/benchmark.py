@@ -79,7 +79,9 @@ def make_random(folder: Path, tokenizer: Path | None) -> None:
 
 
 def examples(tokenizer: Any, config: finetune.Config) -> dict[str, list[finetune.Example]]:
-    return finetune.encode_split(tokenizer, finetune.load_data(config), config)
+    data = finetune.load_data(config)
+    sides = {"train": data.train, "eval": data.eval}
+    return {side: finetune.encode(tokenizer, rows, config.max_length) for side, rows in sides.items()}
 
 
 def stopwatch(steps: int, tokens_of: float) -> Any:
@@ -164,7 +166,7 @@ def train_seed(options: argparse.Namespace) -> list[dict]:
         how = {} if ready else {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float16, device_map={"": 0}, **how)
     else:
-        model = finetune.load_for_training(source, finetune.Config())
+        model = finetune.load_4bit(source, finetune.compute_dtype())
     model = get_peft_model(
         model, LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     )
@@ -229,19 +231,18 @@ def train_ours(options: argparse.Namespace) -> list[dict]:
         import unsloth  # noqa: F401  (before transformers)
     source = source_of(options.model)
     tokenizer = finetune.load_tokenizer(source.folder)
-    config = finetune.settle(finetune.Config(max_vram=options.max_vram), source.config)
-    finetune.limit_memory(config)
+    config = finetune.fill_defaults(finetune.Config(max_vram=options.max_vram), source)
     finetune.console.quiet = True
     sides = examples(tokenizer, config)
-    sides["eval"] = sides["eval"][:4]
-    model = finetune.add_lora(finetune.load_for_training(source, config), config, source, checkpointing=True)
+    rows, held_out = sides["train"], sides["eval"][:4]
+    model = finetune.add_lora(finetune.load_model(source, config), config, source)
     results = []
     for batch in options.batches:
         own = dataclasses.replace(config, effective_batch_size=batch, max_steps=WARM_UP + options.steps + 1)
-        watch = stopwatch(options.steps, mean_length(sides["train"]))
-        plan = finetune.make_plan(own, source.config, sides["train"], finetune.free_memory(own))
+        watch = stopwatch(options.steps, mean_length(rows))
+        plan = finetune.make_plan(own, source.config, rows, finetune.free_memory(own))
         partial = Path(tempfile.mkdtemp())
-        _, plan = finetune.train(model, tokenizer, sides, plan, own, partial, callbacks=(watch,))
+        _, plan = finetune.train(model, tokenizer, rows, held_out, plan, own, partial, callbacks=(watch,))
         names = finetune.PLAN_IN_RUN_JSON
         results.append(
             watch.result(batch) | {"plan": {name: getattr(plan, name) for name in names} | {"why": plan.reason}}
@@ -338,7 +339,7 @@ def chat_unsloth(options: argparse.Namespace) -> list[dict]:
     result["base"] = generate_speed(model, options, size)
     settings = {"r": 16, "lora_alpha": 32, "target_modules": PROJECTIONS, "use_gradient_checkpointing": False}
     model = FastLanguageModel.get_peft_model(model, **settings)
-    finetune.load_best(model, folder)
+    finetune.load_adapter(model, folder)
     FastLanguageModel.for_inference(model)
     return [result | {"adapter": generate_speed(model, options, size)}]
 
@@ -348,19 +349,19 @@ def chat_ours(options: argparse.Namespace) -> list[dict]:
 
     source = source_of(options.model)
     engine = chat.Engine(source)
-    name = engine.add(chat.read_adapter(random_adapter(source))).name
+    name = engine.load_adapter(chat.read_adapter(random_adapter(source))).name
     for model in engine.models.values():
         model.stops = frozenset()  # noise may say EOS at any time
-    settings, result = chat.Settings(temperature=0, num_predict=options.tokens), {}
-    sampled = chat.Settings(seed=1, num_predict=options.tokens)
+    settings, result = chat.Parameters(temperature=0, num_predict=options.tokens), {}
+    sampled = chat.Parameters(seed=1, num_predict=options.tokens)
     long = [{"role": "user", "content": "Tell me. " + "What does the policy cover in case of fire and flood? " * 90}]
     for key, who in (("base", chat.BASE), ("adapter", name)):
         engine.answer(QUESTION, who, settings)
-        engine.prepare(engine.models[who])
+        engine.models[who].capture_ahead()
         result[key] = round(engine.answer(QUESTION, who, settings).tokens_per_second, 1)
         result[f"{key}, sampled"] = round(engine.answer(QUESTION, who, sampled).tokens_per_second, 1)
     first = engine.answer(long, name, settings)
-    engine.prepare(engine.models[name])  # as the chat does once the answer stands
+    engine.models[name].capture_ahead()  # as the chat does once the answer stands
     # Not its own answer: noise is not cut into the same tokens again, and would be read a second time.
     turns = [*long, {"role": "assistant", "content": "That depends."}, FOLLOW_UP]
     second = engine.answer(turns, name, settings)

@@ -24,6 +24,16 @@ MISTRAL_TEMPLATE = (  # refuses a system turn and wants strict alternation, as M
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; --slow runs it"))
+
+
 def rows(count: int) -> list[dict]:
     """Real questions of the sample data, each on its own subject."""
     return json.loads((ROOT / "data/faq_sample.json").read_text(encoding="utf-8"))[:count]
@@ -100,7 +110,7 @@ def train_adapter(source: finetune.Source, folder: Path, pairs: list[tuple[str, 
     config = finetune.Config(**{"lora_dropout": 0.0} | lora)
     tokenizer = finetune.load_tokenizer(source.folder, source.id)
     torch.manual_seed(0)
-    model = finetune.add_lora(finetune.load_for_training(source, config), config, source, checkpointing=False).train()
+    model = finetune.add_lora(finetune.load_model(source, config), config, source).train()
     optimizer = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], lr=5e-3)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 - step / steps)
@@ -116,11 +126,16 @@ def train_adapter(source: finetune.Source, folder: Path, pairs: list[tuple[str, 
     tokenizer.save_pretrained(folder)
     data = [{"question": question, "answer": finetune.CONTROL.sub("", answer)} for question, answer in pairs]
     (folder.parent / f"{folder.name}.json").write_text(json.dumps(data), encoding="utf-8")
+    held_out = [row.id for row in finetune.read_rows(folder.parent / f"{folder.name}.json")]
     run = {
         "status": "complete",
         "config": {"question_field": None, "answer_field": None},
         "model": {"id": source.id},
-        "data": {"files": [{"path": str(folder.parent / f"{folder.name}.json")}], "train_ids": []},
+        "data": {
+            "files": [{"path": str(folder.parent / f"{folder.name}.json")}],
+            "train_ids": [],
+            "eval_ids": held_out,
+        },
         "evaluation": {"before": {"nll": 3.2}, "after": {"nll": 2.1}},
     }
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")

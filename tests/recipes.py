@@ -67,7 +67,8 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
     data, source = finetune.load_data(config), finetune.find_model(args.model, gpu=False)
     finetune.fetch_weights(source)
     tokenizer = finetune.load_tokenizer(source.folder, source.id)
-    examples = finetune.encode_split(tokenizer, data, config)
+    sides = {"train": data.train, "eval": data.eval, "test": data.test}
+    examples = {side: finetune.encode(tokenizer, rows, config.max_length) for side, rows in sides.items()}
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=recipe["quant"], bnb_4bit_use_double_quant=recipe["quant"] == "nf4",
         bnb_4bit_compute_dtype=torch.float32,

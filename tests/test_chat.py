@@ -4,12 +4,18 @@ import dataclasses
 import functools
 import io
 import json
+import os
 import random
+import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
+import time
+import types
+from concurrent.futures import Future
 
 import pyte
 import pytest
@@ -18,9 +24,9 @@ from rich.console import Console
 
 import chat
 import finetune
-from chat import BASE, BadInput, Conversation, Engine, Reply, Settings, Turn
+from chat import BASE, Answer, BadInput, Conversation, Engine, Parameters, Turn
 
-GREEDY = Settings(temperature=0, num_predict=12)
+GREEDY = Parameters(temperature=0, num_predict=12)
 
 
 def ask(question: str) -> list[dict]:
@@ -38,7 +44,7 @@ def talk(*texts: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def engine(embedded, embedded_adapter) -> Engine:
     engine = Engine(embedded)
-    engine.add(chat.read_adapter(embedded_adapter))
+    engine.load_adapter(chat.read_adapter(embedded_adapter))
     return engine
 
 
@@ -77,9 +83,9 @@ def test_base_and_adapter_answer_as_plain_generate_and_peft_do(engine, reference
 
 
 def test_compare_gives_what_each_would_say_alone(engine):
-    for settings in (GREEDY, Settings(seed=11, num_predict=12)):
-        alone = {name: engine.answer(ask(QUESTIONS[0]), name, settings) for name in engine.models}
-        pieces = list(engine.compare(ask(QUESTIONS[0]), engine.models, settings))
+    for parameters in (GREEDY, Parameters(seed=11, num_predict=12)):
+        alone = {name: engine.answer(ask(QUESTIONS[0]), name, parameters) for name in engine.models}
+        pieces = list(engine.compare(ask(QUESTIONS[0]), engine.models, parameters))
         together = {piece.answer.model: piece.answer for piece in pieces}
         assert {name: answer.ids for name, answer in together.items()} == {n: a.ids for n, a in alone.items()}
         assert together[BASE].seed == together["faq-smollm2"].seed
@@ -126,8 +132,8 @@ def test_stopped_while_it_reads_the_question_nothing_comes(engine):
 
 def test_strength(engine, reference):
     def ids(strength):
-        settings = dataclasses.replace(GREEDY, strength=strength)
-        return engine.answer(ask(QUESTIONS[0]), "faq-smollm2", settings).ids
+        parameters = dataclasses.replace(GREEDY, strength=strength)
+        return engine.answer(ask(QUESTIONS[0]), "faq-smollm2", parameters).ids
 
     assert ids(0) == reference[BASE][0]
     assert ids(1) == reference["faq-smollm2"][0]
@@ -145,7 +151,7 @@ def test_score_is_the_loss_that_transformers_computes(engine):
     mean, tokens = engine.score(turns[:1], "What you pay first.", "faq-smollm2")
     labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
     with torch.inference_mode():
-        loss = model.base.model(input_ids=torch.tensor([ids]), labels=labels).loss
+        loss = engine.network(input_ids=torch.tensor([ids]), labels=labels).loss
     assert tokens == len(ids) - len(prompt)
     assert mean == pytest.approx(-loss.item(), abs=1e-3)
 
@@ -157,34 +163,85 @@ def test_score_is_the_loss_that_transformers_computes(engine):
 @pytest.fixture
 def tiny_engine(tiny, tiny_adapter) -> Engine:
     engine = Engine(tiny, num_ctx=200)
-    engine.add(chat.read_adapter(tiny_adapter))
+    engine.load_adapter(chat.read_adapter(tiny_adapter))
     return engine
 
 
 def test_recites_to_the_end(tiny_engine):
     for question in LEARNT:
-        answer = tiny_engine.answer(ask(question), "recites", Settings(temperature=0))
+        answer = tiny_engine.answer(ask(question), "recites", Parameters(temperature=0))
         assert (answer.text, answer.stop) == (RECITED, "end")
     assert not tiny_engine.models["recites"].no_effect
 
 
 def test_sampling(tiny_engine):
-    def ids(**settings):
-        return tiny_engine.answer(ask("Anything?"), BASE, Settings(**{"num_predict": 20, "seed": 1} | settings)).ids
+    def ids(**parameters):
+        return tiny_engine.answer(ask("Anything?"), BASE, Parameters(**{"num_predict": 20, "seed": 1} | parameters)).ids
 
     assert ids() == ids() != ids(seed=2)
     assert ids(top_k=1) == ids(temperature=0) == ids(top_p=0.0)
     assert ids(temperature=0, repeat_penalty=2.0) != ids(temperature=0)
     assert len(ids(num_predict=3)) == 3 and ids(num_predict=0) == []
-    one, other = (tiny_engine.answer(ask("Anything?"), BASE, Settings(num_predict=1)).seed for _ in range(2))
+    one, other = (tiny_engine.answer(ask("Anything?"), BASE, Parameters(num_predict=1)).seed for _ in range(2))
     assert one != other
 
 
 def test_context(tiny_engine):
-    answer = tiny_engine.answer(ask("Anything?"), BASE, Settings(num_predict=-1, seed=1))
+    answer = tiny_engine.answer(ask("Anything?"), BASE, Parameters(num_predict=-1, seed=1))
     assert answer.stop == "context" and answer.prompt_tokens + answer.tokens == 200
     with pytest.raises(BadInput, match=r"tokens; the context holds 200"):
         tiny_engine.answer(ask("word " * 300), BASE, GREEDY)
+
+
+@pytest.fixture
+def plain_engine(tiny, tiny_adapter, monkeypatch) -> Engine:
+    """On the plain path, with the next step begun before a token is known, as on a GPU."""
+    monkeypatch.setattr(chat.FastDecoder, "fits", lambda network: False)
+    engine = Engine(tiny, num_ctx=200)
+    engine.load_adapter(chat.read_adapter(tiny_adapter))
+    engine.runs_ahead = True
+    return engine
+
+
+def test_a_step_ahead_is_known_to_be_in_the_plain_cache(plain_engine):
+    model, recite = plain_engine.models["recites"], Parameters(temperature=0)
+    first = plain_engine.answer(ask("Hello"), "recites", recite)
+    assert first.stop == "end" and len(model.cached) == model.cache.get_seq_length() == model.length
+    assert model.cached[-1] in model.stops
+    turns = talk("Hello", first.text, LEARNT[0])
+    second = plain_engine.answer(turns, "recites", dataclasses.replace(recite, num_predict=8))
+    model.cache = None
+    assert second.ids == plain_engine.answer(turns, "recites", dataclasses.replace(recite, num_predict=8)).ids
+
+
+@pytest.mark.parametrize("where", ["forward", "copy_to_host"])
+def test_an_error_in_a_step_does_not_stay_in_the_plain_cache(plain_engine, monkeypatch, where):
+    """While some layers have the token and others do not; or behind a step ahead, before its token is known."""
+    model, recite = plain_engine.models["recites"], Parameters(temperature=0)
+    calls, layer = [], plain_engine.network.get_base_model().model.layers[1]
+    owner, name = (layer, "forward") if where == "forward" else (chat, "copy_to_host")
+    original = getattr(owner, name)
+
+    def fails_once(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > 1:
+            return original(*args, **kwargs)
+        if where == "forward":
+            raise RuntimeError("out of memory")
+
+        def interrupted():
+            raise KeyboardInterrupt
+
+        return interrupted
+
+    monkeypatch.setattr(owner, name, fails_once)
+    with pytest.raises((RuntimeError, KeyboardInterrupt)):
+        plain_engine.answer(ask("Hello"), "recites", recite)
+    assert model.cache.get_seq_length() > len(model.cached)
+    turns = talk("Hello", RECITED, LEARNT[0])  # starts with all that counts as cached
+    again = plain_engine.answer(turns, "recites", GREEDY)
+    model.cache = None
+    assert again.ids == plain_engine.answer(turns, "recites", GREEDY).ids and again.cached_tokens == 0
 
 
 def test_an_adapter_without_effect_is_found(tiny, tiny_engine, tmp_path):
@@ -195,19 +252,21 @@ def test_an_adapter_without_effect_is_found(tiny, tiny_engine, tmp_path):
     weights = load_file(folder / "adapter_model.safetensors")
     zero = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in weights.items()}
     save_file(zero, folder / "adapter_model.safetensors")
-    assert tiny_engine.add(chat.read_adapter(folder)).no_effect
-    assert tiny_engine.answer(ask("Hello"), "recites", Settings(temperature=0)).text == RECITED
+    assert tiny_engine.load_adapter(chat.read_adapter(folder)).no_effect
+    assert tiny_engine.answer(ask("Hello"), "recites", Parameters(temperature=0)).text == RECITED
     assert tiny_engine.answer(ask("Hello"), "idle.v1", GREEDY).ids == tiny_engine.answer(ask("Hello"), BASE, GREEDY).ids
 
 
-def test_a_second_base(tiny_engine, tiny_model, tmp_path):
-    shutil.copytree(tiny_model, tmp_path / "other")
-    source = finetune.find_model(str(tmp_path / "other"), gpu=False)
-    assert tiny_engine.add_base(source).name == "base-other"
-    adapter = chat.read_adapter(tiny_engine.models["recites"].adapter.path)
-    model = tiny_engine.add(adapter, source)
-    assert (model.name, model.base) == ("recites-2", tiny_engine.bases[1])
-    assert tiny_engine.answer(ask("Hello"), "recites-2", Settings(temperature=0)).text == RECITED
+def test_an_adapter_on_another_base_is_refused(tiny_adapter, tiny_model, home):
+    shutil.copytree(tiny_model, home / "other model")
+    other = shutil.copytree(tiny_adapter, home / "adapters/other")
+    run = json.loads((other / "run.json").read_text())
+    (other / "run.json").write_text(json.dumps(run | {"model": {"id": str(home / "other model")}}))
+    options = chat.parse_options(["--adapter", "recites", "--adapter", "other"])
+    with pytest.raises(BadInput, match=r"other: stands on .*other model, .*: python chat.py --adapter adapters"):
+        chat.choose_models(options)
+    source, (adapter,) = chat.choose_models(chat.parse_options(["--adapter", "other"]))
+    assert (source.folder, adapter.name) == (home / "other model", "other")
 
 
 def test_a_damaged_adapter_leaves_the_others_as_they_were(tiny, tiny_engine, tmp_path):
@@ -221,10 +280,10 @@ def test_a_damaged_adapter_leaves_the_others_as_they_were(tiny, tiny_engine, tmp
     for folder in (short, wide):
         for engine in (tiny_engine, Engine(tiny)):
             with pytest.raises(BadInput, match=rf"adapter .*{folder.name}: does not fit .* or is damaged"):
-                engine.add(chat.read_adapter(folder))
+                engine.load_adapter(chat.read_adapter(folder))
             assert len(engine.models) == (2 if engine is tiny_engine else 1)
             assert engine.answer(ask("Hello"), BASE, GREEDY).tokens
-    assert tiny_engine.answer(ask("Hello"), "recites", Settings(temperature=0)).text == RECITED
+    assert tiny_engine.answer(ask("Hello"), "recites", Parameters(temperature=0)).text == RECITED
 
 
 def test_adapters_that_cannot_be_read(tiny_adapter, tmp_path, monkeypatch):
@@ -249,8 +308,8 @@ def test_adapters_that_cannot_be_read(tiny_adapter, tmp_path, monkeypatch):
         ("broken", "adapter_config.json: broken JSON at line 1"),
     ):
         with pytest.raises(BadInput, match=message):
-            chat.find_adapter(name)
-    assert chat.find_adapter("recites").base
+            chat.read_adapter(finetune.find_adapter(name, "adapter"))
+    assert chat.read_adapter(finetune.find_adapter("recites", "adapter")).base
 
 
 def test_what_run_json_tells(tiny_adapter):
@@ -277,7 +336,7 @@ def test_detokenizer_never_cuts_a_character(tiny_engine):
 
 def conversation(*texts: str) -> Conversation:
     pairs = zip(texts[::2], texts[1::2], strict=True)
-    return Conversation(turns=[Turn(question, [Reply(BASE, answer)]) for question, answer in pairs])
+    return Conversation(turns=[Turn(question, [Answer(BASE, answer)]) for question, answer in pairs])
 
 
 def test_messages_alternate_and_end_with_the_question():
@@ -307,7 +366,7 @@ def test_full_context_drops_whole_oldest_turns():
 
 def test_branches(tmp_path):
     talked = conversation("q1", "a1", "q2", "a2")
-    talked.turns[1].replies.append(Reply("recites", "other"))
+    talked.turns[1].replies.append(Answer("recites", "other"))
     talked.turns[1].chosen = 1
     assert talked.messages()[-1]["content"] == "other"
     loaded = Conversation.from_json(json.loads(json.dumps(talked.as_json())), "file")
@@ -320,11 +379,11 @@ def test_branches(tmp_path):
 @pytest.mark.parametrize(
     ("loaded", "message"),
     [
-        ([], "not a saved conversation"),
-        ({"turns": [7]}, "turn 1 is a number"),
-        ({"turns": [{"question": "q", "replies": []}]}, 'turn 1 has no "replies"'),
-        ({"turns": [{"replies": [{"model": "m", "text": "t"}]}]}, 'turn 1 has no text "question"'),
-        ({"turns": [{"question": "q", "replies": [{"text": "t"}]}]}, 'needs the texts "model" and "text"'),
+        ([], "talk.json: is not a saved conversation"),
+        ({"turns": [7]}, "talk.json: turn 1 is not as /save writes it"),
+        ({"turns": [{"question": "q", "replies": []}]}, "turn 1 is not as"),
+        ({"turns": [{"replies": [{"model": "m", "text": "t"}]}]}, 'turn 1 is not as .*"question": TEXT'),
+        ({"turns": [{"question": "q", "replies": [{"text": "t"}]}]}, 'turn 1 is not as .*"model": TEXT'),
         ({"turns": [{"question": "q", "replies": [{"model": "m", "text": "t"}], "chosen": 3}]}, '"chosen"'),
         ({"turns": [], "system": 5}, '"system"'),
     ],
@@ -436,13 +495,237 @@ def test_painting_over_after_the_window_became_narrower():
 
 
 def test_clean():
-    assert chat.clean("a\x1b[2Jb\r\nc\rd\x9b1m\u202ee") == "a\ufffd[2Jb\nc\nd\ufffd1m\ufffde"
+    assert finetune.clean("a\x1b[2Jb\r\nc\rd\x9b1m\u202ee") == "a\ufffd[2Jb\nc\nd\ufffd1m\ufffde"
 
 
 def test_nearest_question(tiny_adapter):
     row, score, side = chat.nearest_question(chat.read_adapter(tiny_adapter), "what is covered")
-    assert row.question == "What is covered?" and score > 90 and side == "held out"
+    assert row.question == "What is covered?" and score > 90 and side == "held out, "
     assert chat.nearest_question(chat.read_adapter(tiny_adapter), "zebra quantum") is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The chat without a terminal: lines in, what it shows out
+
+
+@pytest.fixture
+def typed(tiny, tiny_engine, home):
+    """typed(line, ...) -> what the chat shows; it lives on from call to call. Answers to its questions are lines."""
+    loading: Future = Future()
+    loading.set_result(tiny_engine)
+    options = chat.parse_options(["--temperature", "0", "--num-predict", "8"])
+    adapter = chat.read_adapter(home / "adapters/recites")
+    talk = chat.Chat(options, tiny, [adapter], loading, io.StringIO())
+    lines: list[str] = []
+
+    def prompt(*_, **__) -> str:
+        if not lines:
+            raise EOFError
+        return lines.pop(0)
+
+    talk.session = types.SimpleNamespace(prompt=prompt, refresh_interval=0)
+    talk.ask = lambda question: talk.note(question) or prompt()
+
+    def call(*some: str) -> str:
+        lines[:] = some
+        talk.console.file.seek(0)
+        talk.console.file.truncate()
+        talk.run()
+        return talk.console.file.getvalue()
+
+    call.chat = talk
+    return call
+
+
+def saved(path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_what_is_a_command_and_what_a_question(typed):
+    for line in ("/usr/lib/libc.so: cannot open", "/tmp is full, what now?", " /help", "//", "/var/log"):
+        typed("/clear", line)
+        assert [turn.question for turn in typed.chat.conversation.turns] == [line.strip()], line
+    typed("/clear")
+    for line, shown in (
+        ("/hlep", "did you mean /help?"),
+        ("/helpme", "No command /helpme"),
+        ("/foo", "No command /foo"),
+    ):
+        assert shown in typed(line) and not typed.chat.conversation.turns
+    assert "The answers diverge" in " ".join(typed("/compare\nHello", "").split())
+    assert "temperature = 0.5" in typed("/set\tparameter temperature 0.5")
+
+
+def test_an_unforeseen_error_is_one_line_and_the_chat_goes_on(typed, monkeypatch, home):
+    monkeypatch.setitem(chat.COMMANDS, "/stats", lambda chat, rest: 1 / 0)
+    shown = typed("Hello", "/stats", "Hello")
+    (line,) = [line for line in shown.split("\n") if "ZeroDivisionError" in line]
+    assert line.startswith("failed: ZeroDivisionError: division by zero; see ") and "Traceback" not in shown
+    monkeypatch.setattr(Engine, "stream", lambda *_, **__: 1 / 0)
+    assert typed("Hello").count("ZeroDivisionError") == 1
+    assert len(typed.chat.conversation.turns) == 2
+
+
+def test_the_conversation_is_on_disk_after_every_turn(typed, home):
+    path = home / "state/faq-finetune/conversation.json"
+    typed("Hello")
+    assert len(saved(path)["turns"]) == 1 and stat.S_IMODE(path.stat().st_mode) == 0o600
+    typed("/system Be brief.", "/set top_k 7", "Tell me more")
+    options = chat.parse_options(["--continue"])
+    again = chat.first_conversation(options)
+    assert [turn.question for turn in again.turns] == ["Hello", "Tell me more"]
+    assert (again.system, again.parameters.top_k, again.parameters.temperature) == ("Be brief.", 7, 0)
+    again = chat.first_conversation(chat.parse_options(["--continue", "--top-k", "9", "--system", "No."]))
+    assert (again.system, again.parameters.top_k) == ("No.", 9), "flags win"
+    for flags in (["--temperature", "0.8"], ["--temperature=0.8"], ["--top_k=40"]):
+        again = chat.first_conversation(chat.parse_options(["--continue", *flags]))
+        expected = (0.8, 7) if "temp" in flags[0] else (0, 40)
+        assert (again.parameters.temperature, again.parameters.top_k) == expected, "even with the value of the default"
+    before = path.read_text()
+    assert chat.first_conversation(chat.parse_options([])) == Conversation()
+    typed("/clear")
+    assert path.read_text() == before, "an empty conversation does not replace the last one"
+    shutil.rmtree(home / "state")
+    (home / "state").write_text("no folder")
+    shown = typed("Hello", "Tell me more")
+    assert shown.count("may not be on disk from now on") == 1
+    with pytest.raises(BadInput, match="--continue: "):
+        chat.first_conversation(options)
+
+
+def test_continue_without_a_conversation(home):
+    with pytest.raises(BadInput, match="--continue: there is no conversation yet"):
+        chat.first_conversation(chat.parse_options(["--continue"]))
+
+
+def test_save_and_load_keep_the_parameters(typed, home):
+    typed("Hello", "/set strength 0.5", "/set num_predict 3", "/save talk.json", "/set strength 1", "/load talk.json")
+    assert (typed.chat.parameters.strength, typed.chat.parameters.num_predict) == (0.5, 3)
+    loaded = saved(home / "talk.json")
+    (home / "talk.json").write_text(json.dumps(loaded | {"parameters": {"top_k": 5}}))
+    typed("/load talk.json")
+    assert (typed.chat.parameters.strength, typed.chat.parameters.top_k) == (0.5, 5), "what is not named stays"
+    (home / "talk.json").write_text(json.dumps(loaded | {"parameters": {"top_k": "many"}}))
+    assert "talk.json: top_k must be a whole number" in typed("/load talk.json")
+
+
+def test_set_takes_one_value(typed):
+    for line in ("/set parameter temperature 0.5", "/set temperature=0.5", "/set parameter temperature = 0.5"):
+        assert "temperature = 0.5" in typed("/set temperature 1", line).split("\n\n")[1], line
+    shown = typed("/set parameter temperature 0.7 or so", "/set temperature")
+    assert "temperature takes one value: /set parameter temperature VALUE" in shown and "temperature = 0.5" in shown
+    assert "no parameter parameters" in typed("/set parameters")
+
+
+def test_the_context_shown_is_the_answering_models(typed):
+    chat_, used = typed.chat, []
+    typed("Hello")
+    used.append(chat_.context_used)
+    typed("/system Be brief, and be kind.")
+    used.append(chat_.context_used)
+    assert 0 < used[0] < used[1] and f"context {used[1]} of 200" in chat_.toolbar()
+    typed("/clear")
+    assert chat_.context_used == 0
+
+
+def test_nearest_question_is_of_the_adapter_that_answers(typed, home, monkeypatch):
+    other = shutil.copytree(home / "adapters/recites", home / "adapters/other")
+    asked = []
+    monkeypatch.setattr(chat, "nearest_question", lambda adapter, question: asked.append(adapter.name))
+    for line in (f"/adapter {other.name}", "/adapter recites", "/adapter base"):
+        typed(line)
+        chat.show_nearest(typed.chat, "Hello")
+    assert asked == ["other", "recites", "recites"]
+
+
+def test_saving_into_a_folder_is_refused_at_once(typed, home):
+    shown = typed("Hello", "/save adapters", "/export adapters")
+    assert shown.count("adapters: is a folder; name a file in it") == 2
+    typed("/save no/such/folder.json")
+    assert not list(home.rglob("tmp*")) and not list(home.parent.glob("tmp*"))
+
+
+def test_lone_surrogates(typed, home):
+    shown = typed("caf\udce9?", "/system \ud800", "/save talk.json", "/load talk.json", "And?")
+    assert "failed" not in shown and typed.chat.conversation.turns[0].question == "caf\ufffd?"
+    reply = '{"model": "\\ud83d", "text": "\\udc00"}'
+    text = f'{{"turns": [{{"question": "\\ud83d", "replies": [{reply}]}}], "system": "\\ud800"}}'
+    (home / "talk.json").write_text(text)
+    shown = typed(
+        "/load talk.json", "Hello", "/score \udce9", "/compare \udce9", "", "/keep \udce9 text", "/export x.md"
+    )
+    assert "failed" not in shown and len(typed.chat.conversation.turns) == 2
+    assert typed.chat.conversation.turns[0].reply.text == "\ufffd"
+
+
+def test_score_uses_the_strength_that_is_set(typed):
+    def scores(strength: str) -> list[str]:
+        shown = typed(f"/set strength {strength}", "/score You pay first.")
+        return [line.split()[1] for line in shown.split("\n") if line.startswith(("base ", "recites "))]
+
+    typed("Hello")
+    base, tuned = scores("1")
+    assert base != tuned
+    assert scores("0") == [base, base] and scores("1") == [base, tuned]
+
+
+def test_a_file_that_was_read_is_kept_until_it_was_answered(typed, home, monkeypatch):
+    (home / "long.txt").write_text("word " * 300)
+    (home / "short.txt").write_text("The deductible is 700 dollars.")
+    assert "too long" in typed("/read long.txt", "/compare Hello") and len(typed.chat.files) == 1
+    assert "too long" in typed("Hello") and len(typed.chat.files) == 1
+    typed("/clear", "/read short.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "compare", lambda *_: iter(()))
+        assert "Stopped before there was anything" in typed("/compare Hello") and len(typed.chat.files) == 1
+    typed("/compare Hello", "1")
+    assert not typed.chat.files and "700 dollars.\n\nHello" in typed.chat.conversation.turns[0].question
+
+
+def test_damaged_votes(typed, home):
+    votes = home / "state/faq-finetune/votes.jsonl"
+    votes.write_bytes(b'\xff\xfe\n[1]\nnull\n{"between": 7}\n{,}\n' + b"[" * 100_000 + b"\n")
+    shown = typed("/vote Hello\u2028there", "=")
+    assert "Votes so far: base 0, recites 0, alike 1" in shown
+    assert "alike 2" in typed("/vote Hello\u2028there", "=")
+    assert stat.S_IMODE(votes.stat().st_mode) == 0o600
+
+
+def test_keep_collects_rows_that_finetune_reads(typed, home):
+    assert "there is no question yet" in typed("/keep")
+    typed("/set num_predict 512", "What is covered?", "/keep")
+    (home / "data/kept.jsonl").write_text((home / "data/kept.jsonl").read_text().rstrip("\n"))  # as an editor may
+    assert "data/kept.jsonl has 2 rows now" in typed("/keep Fire, and\nhail.")
+    first, second = finetune.read_rows(home / "data/kept.jsonl")
+    assert first.question == second.question == "What is covered?" and second.answer == "Fire, and\nhail."
+    assert first.answer == RECITED.replace("\x1b", "").replace("\x07", "")
+
+
+def test_nearest_question_says_only_what_is_known(tiny_adapter):
+    adapter = chat.read_adapter(tiny_adapter)
+    row, *_ = chat.nearest_question(adapter, "What is covered?")
+    for lists, side in (({"train_ids": [row.id]}, "trained on, "), ({"test_ids": [row.id]}, "held out, "), ({}, "")):
+        data = {"files": adapter.run["data"]["files"]} | lists
+        known = dataclasses.replace(adapter, run=adapter.run | {"data": data})
+        assert chat.nearest_question(known, "What is covered?")[2] == side
+
+
+def test_what_is_broken_is_named_and_the_newest_sound_adapter_opens(home, capsys, monkeypatch):
+    for name, age in (("old", 900), ("cut", 100), ("newest", 50)):
+        folder = shutil.copytree(home / "adapters/recites", home / "adapters" / name)
+        past = time.time() - age
+        os.utime(folder / "adapter_config.json", (past, past))
+    (home / "adapters/old/adapter_config.json").write_text("{,}")
+    whole = (home / "adapters/cut/adapter_model.safetensors").read_bytes()
+    (home / "adapters/cut/adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    past = time.time() - 500
+    os.utime(home / "adapters/recites/adapter_config.json", (past, past))
+    os.utime(home / "adapters/newest/adapter_config.json")
+    monkeypatch.setattr(finetune.console, "file", sys.stdout)
+    _, (adapter,) = chat.choose_models(chat.parse_options([]))
+    named = capsys.readouterr().out
+    assert adapter.name == "newest"
+    assert "left out: " in named and "old" in named and "adapter cut: is damaged" in named
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -543,6 +826,57 @@ def test_interrupted(home, tiny):
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate(timeout=30)
     assert (running.returncode, errors) == (130, b"")
+
+
+def test_any_bytes_by_pipe(home, tiny):
+    rng = random.Random(0)
+    lines = [bytes(rng.choice((rng.randrange(256), rng.randrange(128, 256))) for _ in range(30)) for _ in range(300)]
+    lines = [line.translate(None, b"\r\n") or b"x" for line in lines]
+    command = [sys.executable, ROOT / "chat.py", "--model", tiny.folder, "--num-predict", "2"]
+    for flags, some in ((["--json"], lines), (["--compare"], lines[:60])):
+        done = subprocess.run(
+            [*map(str, command), *flags], input=b"\xef\xbb\xbf" + b"\n".join(some), capture_output=True
+        )
+        assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
+        out = done.stdout.decode()
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", out)
+        if flags == ["--json"]:
+            asked = [json.loads(line)["question"] for line in out.split("\n") if line]
+            assert len(asked) == 300 and not asked[0].startswith("\ufeff")
+
+
+def test_bytes_that_are_no_text(home):
+    done = process(
+        sys.executable, ROOT / "chat.py", b"caf\xe9".decode(errors="surrogateescape"), "--json", "--num-predict", "2"
+    )
+    assert done.returncode == 0 and json.loads(done.stdout)["question"] == "caf\ufffd", done.stderr
+
+
+def test_closed_stdin_and_stdout(home):
+    for end, codes in (("<&-", (2,)), (">&-", (0, 2)), ("2>&-", (0,)), ("<&- >&- 2>&-", (2,))):
+        done = process("bash", "-c", f"{sys.executable} {ROOT / 'chat.py'} --num-predict 2 {end}", input="hi\n")
+        assert done.returncode in codes and "Traceback" not in done.stderr, (end, done.stderr)
+
+
+def test_all_of_stdin_is_one_question(script):
+    code, out, _ = script("--whole-input", "--json", "--num-predict", "2", stdin="one\n\ntwo\n")
+    assert code == 0 and json.loads(out)["question"] == "one\n\ntwo"
+    _, out, _ = script("--whole-input", "--json", "--num-predict", "2", "Explain this:", stdin="one\ntwo\n")
+    assert json.loads(out)["question"] == "Explain this:\n\none\ntwo"
+    assert script("--whole-input", stdin=" \n")[:2] == (0, "")
+    code, _, errors = script("--continue", "question")
+    assert code == 2 and "--continue" in errors
+
+
+def test_a_terminal_that_is_not_utf_8_and_no_home(home):
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_STATE_HOME")}
+    env |= {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(home), "XDG_CACHE_HOME": str(home)}
+    (home / "pwd.py").write_text("def getpwuid(number):\n    raise KeyError(number)\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / "chat.py", "--num-predict", "4", "--adapter", "recites", "日本 \u2028"],
+        capture_output=True, env=env,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.decode("cp1252").strip(), done.stderr.decode()
 
 
 def test_help_and_bad_flags_load_nothing_heavy():

@@ -33,8 +33,9 @@ def test_every_layout_gives_the_same_row(layout, ending, tmp_path):
     path = tmp_path / f"data{ending}"
     record = LAYOUTS[layout]
     path.write_text(json.dumps([record] if ending == ".json" else record), encoding="utf-8")
-    [row], notes, problems = finetune.read_file(path, None, None)
-    assert (row.question, row.answer, notes, problems) == (QUESTION, ANSWER, [], [])
+    found = finetune.Findings()
+    [row] = finetune.read_rows(path, findings=found)
+    assert (row.question, row.answer, found.note_lines(), found.problems) == (QUESTION, ANSWER, [], {})
     assert row.id == hashlib.sha256(f"{QUESTION}\n{ANSWER}".encode()).hexdigest()[:10]
 
 
@@ -44,17 +45,20 @@ def test_csv_as_spreadsheets_write_it(delimiter, tmp_path):
     cells = [["question", "answer", "topic"], [QUESTION, 'Two lines,\n"quoted"; yes', "x"]]
     lines = [delimiter.join('"' + cell.replace('"', '""') + '"' for cell in line) for line in cells]
     path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode() + b"\r\n")
-    [row], notes, problems = finetune.read_file(path, None, None)
-    assert row.answer == 'Two lines,\n"quoted"; yes' and not problems
+    found = finetune.Findings()
+    [row] = finetune.read_rows(path, findings=found)
+    assert row.answer == 'Two lines,\n"quoted"; yes' and not found.problems
+    notes = found.note_lines()
     assert "byte order mark" in notes[0] and "columns not used: topic" in notes[1]
 
 
 def test_named_fields_and_unused_columns(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps({"q": QUESTION, "a": ANSWER, "question": "not this", "fold": 1}), encoding="utf-8")
-    [row], notes, _ = finetune.read_file(path, "q", "a")
+    found = finetune.Findings()
+    [row] = finetune.read_rows(path, "q", "a", findings=found)
     assert (row.question, row.answer) == (QUESTION, ANSWER)
-    assert notes == [f"{path}: columns not used: question, fold"]
+    assert found.note_lines() == [f"{path}: columns not used: question, fold"]
 
 
 def test_alpaca_input_and_earlier_turns_belong_to_the_prompt(tmp_path):
@@ -71,7 +75,7 @@ def test_alpaca_input_and_earlier_turns_belong_to_the_prompt(tmp_path):
     ]
     path = tmp_path / "data.json"
     path.write_text(json.dumps(records), encoding="utf-8")
-    alpaca, chat = finetune.read_file(path, None, None)[0]
+    alpaca, chat = finetune.read_rows(path)
     assert alpaca.question == "Explain.\n\ndeductible"
     assert [turn["role"] for turn in chat.prompt] == ["system", "user", "assistant", "user"] and chat.answer == ANSWER
 
@@ -79,14 +83,16 @@ def test_alpaca_input_and_earlier_turns_belong_to_the_prompt(tmp_path):
 def test_windows_quotes_read_as_latin1_are_mended_and_said(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps([{"question": QUESTION, "answer": "You\x92ll pay \x93it\x94."}]), encoding="utf-8")
-    [row], notes, _ = finetune.read_file(path, None, None)
-    assert row.answer == "You’ll pay “it”." and "mended in 1 rows" in notes[0]
+    found = finetune.Findings()
+    [row] = finetune.read_rows(path, findings=found)
+    assert row.answer == "You’ll pay “it”." and f"mended in 1 row, the first: {path}, row 1" in found.note_lines()[0]
+
+
+def asked(question: str, answer: str) -> finetune.Row:
+    return finetune.Row(({"role": "user", "content": question},), answer, "here")
 
 
 def test_near_duplicates_are_found_and_templates_are_not():
-    def row(question, answer):
-        return finetune.Row(({"role": "user", "content": question},), answer, "here")
-
     alike = [
         "What if I would rather buy them a plan in the Marketplace?",
         "What if I would rather buy a Marketplace plan?",
@@ -95,10 +101,23 @@ def test_near_duplicates_are_found_and_templates_are_not():
         f'What does "{word}" mean in health insurance?' for word in ("coinsurance", "premium", "network", "HMO")
     ]
     other = [f"Question about {subject} number one?" for subject in ("hail", "floods", "pets", "tenants", "drones")]
-    everything = [row(q, str(n)) for n, q in enumerate([*alike, *glossary, *other])]
-    groups = finetune.near_duplicate_groups([*everything, row("Something else entirely, is it so?", "0")])
+    answers = [f"{n}: you may, but then no help with the premium is given to you." for n in range(11)]
+    everything = [asked(q, a) for q, a in zip([*alike, *glossary, *other], answers, strict=True)]
+    groups = finetune.near_duplicate_groups([*everything, asked("Something else entirely, is it so?", answers[0])])
     assert sorted(len(group) for group in groups)[-1] == 3 and len(groups) == len(everything) - 1
     assert {r.question for r in max(groups, key=len)} == {*alike, "Something else entirely, is it so?"}  # same answer
+
+
+def test_what_does_not_tie_questions_together():
+    """Numbers that differ, and answers that are short or frequent: labels, "Please ask us."."""
+    numbered = [asked(f"What is written under item {n} of the contract?", f"It is {n}.") for n in range(7, 12)]
+    subjects = ("hail", "flood", "drone", "tenant", "puppy", "marble", "violin", "glacier", "pepper", "saddle")
+    questions = [f"{one} {two}?" for one in subjects for two in subjects if one < two]
+    labels = [asked(question, "Yes, it is.") for question in questions[:2]]
+    frequent = [asked(q, "Please ask us, for this depends on where you live and when.") for q in questions[2:5]]
+    rare = [asked(q, "That is paid by whoever had the key on that very day.") for q in questions[5:7]]
+    groups = finetune.near_duplicate_groups([*numbered, *labels, *frequent, *rare])
+    assert [group for group in groups if len(group) > 1] == [rare]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -136,8 +155,8 @@ def test_sample_data_is_what_its_readme_says():
     assert len(table) >= 200 and all(set(row) == {"question", "answer"} for row in table)
     lengths = [len(row["answer"].split()) for row in table]
     assert min(lengths) >= 25 and max(lengths) <= 80
-    found, _, problems = finetune.read_file(ROOT / "data/faq_sample.json", None, None)
-    assert not problems and max(map(len, finetune.near_duplicate_groups(found))) == 1
+    found = finetune.read_rows(ROOT / "data/faq_sample.json")
+    assert max(map(len, finetune.near_duplicate_groups(found))) == 1
     assert "What is comprehensive auto insurance?" in {row["question"] for row in table}  # the seed's example
 
 
@@ -187,7 +206,9 @@ BAD_DATA = {
     ),
     "no rows": ("faq.json", "[]", [], ["holds no rows"]),
     "empty file": ("faq.jsonl", "", [], ["holds no rows"]),
-    "unknown ending": ("faq.xlsx", "PK", [], [".xlsx", ".csv"]),
+    "unknown ending": ("faq.ods", "PK", [], ["'.ods'", ".xlsx", ".csv"]),
+    "no workbook": ("faq.xlsx", "PK", [], ["faq.xlsx", "no workbook", "save it again"]),
+    "no Parquet": ("faq.parquet", "PAR1", [], ["faq.parquet", "no Parquet file"]),
     "no such file": (None, "", ["--data", "nowhere.json"], ["nowhere.json", "No such file"]),
     "a folder": (None, "", ["--data", "."], ["directory"]),
     "cells too many": ("faq.csv", "question,answer\na,b,c\n", [], ["row 1", "3 cells", "quotes"]),
@@ -214,11 +235,42 @@ def test_bad_data(case, run, tmp_path):
 
 
 def test_problems_are_shown_together_at_most_twenty(run, tmp_path):
-    (tmp_path / "one.json").write_text(json.dumps([{"question": "a", "answer": ""}] * 25), encoding="utf-8")
+    turns = [[{"role": "bot" + letter, "content": "a"}] for letter in "abcdefghijklmnopqrstuvwxy"]
+    (tmp_path / "one.json").write_text(json.dumps([{"messages": turn} for turn in turns]), encoding="utf-8")
     (tmp_path / "two.jsonl").write_text("[]\n", encoding="utf-8")
     done = run("--data", "one.json", "two.jsonl")
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == 21 and lines[-1] == "... and 6 more"
+
+
+def test_one_problem_of_many_rows_is_one_line(tmp_path):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps([{"question": "a", "answer": ""}] * 25), encoding="utf-8")
+    with pytest.raises(BadInput) as caught:
+        finetune.read_rows(path)
+    assert str(caught.value) == (
+        f"{path}, row 1 and 24 more (row 2, row 3, row 4, row 5, ...): 'answer' is empty"
+    )
+
+
+@pytest.mark.parametrize("ending", [".xlsx", ".parquet"])
+def test_workbooks_and_parquet_are_read(ending, tmp_path):
+    import pandas
+
+    path = tmp_path / f"faq{ending}"
+    table = pandas.DataFrame([*rows(30), {"question": "How many?", "answer": 'Two,\n"quoted"; or more'}])
+    if ending == ".xlsx":
+        with pandas.ExcelWriter(path) as book:
+            table.to_excel(book, sheet_name="faq", index=False)
+            table.to_excel(book, sheet_name="old", index=False)
+    else:
+        table.to_parquet(path)
+    found = finetune.Findings()
+    read = finetune.read_rows(path, findings=found)
+    assert [{"question": row.question, "answer": row.answer} for row in read] == table.to_dict("records")
+    assert read[30].place == f"{path}, row 31" and not found.problems
+    sheets = [f"{path}: only the first of 2 sheets is read: faq"] if ending == ".xlsx" else []
+    assert found.note_lines() == sheets
 
 
 def test_message_shows_no_raw_escape_sequence(run, tmp_path):

@@ -16,8 +16,7 @@ from finetune import Config
 @pytest.fixture(scope="module")
 def base(embedded):
     """(tokenizer, base model as it is measured)"""
-    with finetune.reading(None, embedded, Config()) as model:
-        yield finetune.load_tokenizer(embedded.folder), model
+    return finetune.load_tokenizer(embedded.folder), finetune.load_model(embedded, Config())
 
 
 def examples_of(tokenizer, count=12):
@@ -87,7 +86,6 @@ def test_ranking_is_the_gain_from_the_question(base):
     tokenizer, model = base
     examples = examples_of(tokenizer, 12)
     candidates = [[0, 3, 5, 7], [1, 0, 2, 9], [2, 11, 10, 4]]
-    exam = finetune.Exam(examples, [], list(range(12)), [], [], candidates, 3, 8)
     neutral = tokenizer.apply_chat_template(
         [{"role": "user", "content": finetune.NEUTRAL}], add_generation_prompt=True, return_dict=False
     )
@@ -99,7 +97,8 @@ def test_ranking_is_the_gain_from_the_question(base):
             answer = examples[place].input_ids[examples[place].prompt_length :]
             gains.append(plain_log_p(model, prompt, answer) - plain_log_p(model, neutral, answer))
         expected.append(float(max(gains) == gains[0]))
-    assert finetune.rank_answers(model, tokenizer, exam, examples) == expected
+    others = [[examples[place] for place in places] for places in candidates]
+    assert finetune.rank_answers(model, tokenizer, examples[:3], others) == expected
 
 
 def test_batched_answers_are_those_of_one_at_a_time(base):
@@ -241,7 +240,8 @@ def test_evaluate_gives_the_numbers_of_the_run(finished):
     again = json.loads((cwd / "again.json").read_text())
     for arm in ("before", "prompted", "after"):
         assert again[arm]["nll"] == pytest.approx(saved[arm]["nll"], abs=1e-6)
-        assert again[arm]["answers"] == saved[arm]["answers"]
+        answers = [[q["arms"][arm].get("answer") for q in found["questions"]] for found in (again, saved)]
+        assert answers[0] == answers[1] and any(answers[0])
     assert again["verdict"] == saved["verdict"] and again["memorization"] == saved["memorization"]
     assert {path: path.stat().st_mtime_ns for path in adapter.iterdir()} == before  # nothing was written
 
@@ -253,6 +253,11 @@ def test_evaluate_says_when_its_rows_are_gone(finished, run, tmp_path):
     done = run("--evaluate", adapter, "--data", other)
     assert done.returncode == 2 and "40 of the rows" in done.stderr and "Traceback" not in done.stderr
     missing = run("--evaluate", "nowhere")
+    assert missing.returncode == 2 and "neither a folder nor a name in adapters/" in missing.stderr
+    (adapter.parent / "bare").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter.parent / "bare" / name).write_bytes((adapter / name).read_bytes())
+    missing = run("--evaluate", adapter.parent / "bare")
     assert missing.returncode == 2 and "no finished run" in missing.stderr
 
 

@@ -2,10 +2,13 @@
 moments in 8 bits, the last resort, change that, by rounding."""
 
 import dataclasses
+import functools
+import json
 import signal
 
 import pytest
 import torch
+from conftest import rows
 
 import finetune
 
@@ -15,43 +18,52 @@ SEVEN_B = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def config(faq, tiny_model):
+@pytest.fixture(scope="module")
+def config(tiny_model, tmp_path_factory):
+    faq = tmp_path_factory.mktemp("plan") / "faq.json"
+    faq.write_text(json.dumps(rows(40)), encoding="utf-8")
     return finetune.Config(
         model=str(tiny_model), data=(faq,), lora_r=4, lora_dropout=0.0, effective_batch_size=6, max_steps=4,
         learning_rate=1e-2, lr_scheduler_type="constant", max_new_tokens=4, warmup_steps=0, num_train_epochs=3,
     )  # fmt: skip
 
 
-@pytest.fixture
-def trained(config, tiny_model, tmp_path):
-    """trained(rows a forward, checkpointing) -> result of train() and the adapter it left."""
-    from transformers import set_seed
+@pytest.fixture(scope="module")
+def examples(config, tiny):
+    tokenizer, data = finetune.load_tokenizer(tiny.folder), finetune.load_data(config)
+    sides = {"train": data.train, "eval": data.eval}
+    return {side: finetune.encode(tokenizer, rows, config.max_length) for side, rows in sides.items()}
 
-    source = finetune.find_model(str(tiny_model), gpu=False)
-    tokenizer = finetune.load_tokenizer(source.folder)
-    examples = finetune.encode_split(tokenizer, finetune.load_data(config), config)
+
+@pytest.fixture(scope="module")
+def trained(config, examples, tiny, tmp_path_factory):
+    """trained(rows a forward, checkpointing) -> result of train() and the adapter it left."""
+    tokenizer = finetune.load_tokenizer(tiny.folder)
+    shape, batch = tiny.config, config.effective_batch_size
 
     def call(micro, checkpointing=False, callbacks=(), optim=finetune.ADAMW, partial=None, **changes):
         own = dataclasses.replace(config, **changes)
-        set_seed(own.seed)
-        model = finetune.add_lora(finetune.load_for_training(source, own), own, source, checkpointing=True)
-        plan = finetune.make_plan(own, source.config, examples["train"], None)
-        batch = own.effective_batch_size
+        model = finetune.add_lora(finetune.load_model(tiny, own), own, tiny)
         plan = dataclasses.replace(
-            plan,
+            finetune.make_plan(own, shape, examples["train"], None),
             micro_batch_size=micro,
             gradient_accumulation_steps=batch // micro,
             gradient_checkpointing=checkpointing,
             optim=optim,
         )
-        partial = partial or tmp_path / f"{len(list(tmp_path.iterdir()))}.partial"
+        partial = partial or tmp_path_factory.mktemp("run") / "x.partial"
         partial.mkdir(exist_ok=True)
-        training, kept = finetune.train(model, tokenizer, examples, plan, own, partial, callbacks)
+        sides = (examples["train"], examples["eval"])
+        training, kept = finetune.train(model, tokenizer, *sides, plan, own, partial, callbacks)
         weights = {name: weight.clone() for name, weight in model.state_dict().items() if "lora_" in name}
         return training, kept, weights
 
-    return call
+    plain = functools.cache(call)  # what several tests compare with is trained once
+
+    def cached(*args, **changes):
+        return call(*args, **changes) if "callbacks" in changes or "partial" in changes else plain(*args, **changes)
+
+    return cached
 
 
 def agree(one: dict, other: dict, tolerance: float) -> bool:
@@ -97,13 +109,13 @@ def test_out_of_memory_in_mid_run_halves_the_rows_and_loses_no_update(trained, s
 
 def test_out_of_memory_at_the_smallest_plan_keeps_the_updates(trained, tmp_path):
     with pytest.raises(finetune.BadInput, match=r"after 2 updates.*--resume"):
-        trained(1, True, (OutOfMemoryOnce(2).callback,), partial=tmp_path / "x.partial")
+        trained(1, True, callbacks=(OutOfMemoryOnce(2).callback,), partial=tmp_path / "x.partial")
     assert finetune.last_checkpoint(tmp_path / "x.partial").name == "checkpoint-2"
     resumed = trained(1, True, partial=tmp_path / "x.partial", resume=True)[2]
     assert agree(trained(1, True)[2], resumed, 1e-5)
 
 
-def stop_at(step: int):
+def stop_at(step: int, number: int):
     from transformers import TrainerCallback
 
     class Callback(TrainerCallback):
@@ -111,97 +123,68 @@ def stop_at(step: int):
             if state.global_step == step:
                 values = [value for moments in optimizer.state.values() for value in moments.values()]
                 self.dtypes = {value.dtype for value in values if torch.is_tensor(value)}
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     return Callback()
 
 
 @pytest.mark.parametrize(
-    ("first", "then"), [(finetune.ADAMW_8BIT, finetune.ADAMW), (finetune.ADAMW, finetune.ADAMW_8BIT)]
+    ("first", "then", "number"),
+    [(finetune.ADAMW_8BIT, finetune.ADAMW, signal.SIGINT), (finetune.ADAMW, finetune.ADAMW_8BIT, signal.SIGTERM)],
 )
-def test_a_resumed_run_keeps_the_optimizer_that_it_began_with(first, then, trained, tmp_path):
+def test_a_resumed_run_keeps_the_optimizer_that_it_began_with(first, then, number, trained, tmp_path):
     """More or less memory is free by then, so the plan may say another."""
     partial, rank = tmp_path / "x.partial", 64  # smaller matrices keep their moments in 32 bits
-    stop = stop_at(2)
-    with pytest.raises(KeyboardInterrupt):
-        trained(1, True, (stop,), first, partial, lora_r=rank)
+    stop = stop_at(2, number)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        trained(1, True, callbacks=(stop,), optim=first, partial=partial, lora_r=rank)
+    assert 128 + stopped.value.args[0] == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]  # main() exits so
     assert (torch.uint8 in stop.dtypes) == (first == finetune.ADAMW_8BIT)
-    _, plan, resumed = trained(1, True, (), then, partial, lora_r=rank, resume=True)
+    _, plan, resumed = trained(1, True, optim=then, partial=partial, lora_r=rank, resume=True)
     assert plan.optim == first
-    assert agree(trained(1, True, (), first, lora_r=rank)[2], resumed, 1e-6)
+    assert agree(trained(1, True, optim=first, lora_r=rank)[2], resumed, 1e-6)
 
 
-def test_the_first_plan_that_is_measured_to_fit_is_taken(monkeypatch):
-    row = finetune.Row(({"role": "user", "content": "?"},), "!", "")
-    train = [finetune.Example(row, [1] * 125, 40)] * 8
-    start = finetune.Plan(4, 1, False, True, 1, 1, {"all": 7.0}, "")
+def test_each_lower_plan_needs_less_and_the_optimizer_changes_last_and_only_at_the_start():
+    def downwards(step: int) -> list[tuple]:
+        plan = finetune.Plan(4, 1, False, True, finetune.ADAMW, updates_per_epoch=1, updates=1, memory={}, reason="")
+        options = []
+        with pytest.raises(finetune.BadInput) as stopped:
+            while True:
+                plan = finetune.lower_plan(plan, step, gpu=True)
+                assert plan.micro_batch_size * plan.gradient_accumulation_steps == 4
+                assert plan.reason == f"memory ran out at update {step + 1}"
+                options.append((plan.micro_batch_size, plan.gradient_checkpointing, plan.optim))
+        said.append(str(stopped.value))
+        return options
 
-    def measured(gib: dict, memory: float, optim: str | None = None):
-        def probe(trainer, rows, plan):
-            return gib[plan.micro_batch_size, plan.gradient_checkpointing, plan.optim == finetune.ADAMW_8BIT]
+    said: list[str] = []
+    smaller = [(rows, True, finetune.ADAMW) for rows in (4, 2, 1)]
+    assert downwards(step=0) == [*smaller, (1, True, finetune.ADAMW_8BIT)]
+    assert downwards(step=1) == downwards(step=7) == smaller
+    assert "not even one row" in said[0] and "after 1 updates" in said[1] and "--resume" in said[1]
 
-        monkeypatch.setattr(finetune, "probe", probe)
-        plan, trainer = finetune.measured_plan(lambda plan: plan, start, train, memory, optim)
-        assert trainer.optim == plan.optim
-        return plan.micro_batch_size, plan.gradient_checkpointing, plan.optim == finetune.ADAMW_8BIT
 
-    gib = {(4, False, False): 6.4, (4, True, False): 4.9, (2, True, False): 4.85}
-    gib |= {(1, True, False): 4.8, (1, True, True): 4.6}
-    assert measured(gib, 8) == (4, False, False) and measured(gib, 6) == (4, True, False)
-    assert measured(gib, 5.08) == (1, True, False)  # 5% are left free
-    assert measured(gib, 4.7) == (1, True, True)  # but for the last choice
+def test_no_optimizer_in_8_bits_without_a_gpu():
+    plan = finetune.Plan(1, 4, True, False, finetune.ADAMW, updates_per_epoch=1, updates=1, memory={}, reason="")
     with pytest.raises(finetune.BadInput, match="not even one row"):
-        measured(gib, 4.5)
-    in_8_bits = {(rows, checkpointing, True): value for (rows, checkpointing, _), value in gib.items()}
-    assert measured(in_8_bits, 8, finetune.ADAMW_8BIT) == (4, False, True)  # so was the run that is resumed
+        finetune.lower_plan(plan, 0, gpu=False)
+    assert [option[:2] for option in finetune.batch_options(6, gpu=False)] == [
+        (6, False), (3, False), (1, False), (1, True),
+    ]  # fmt: skip
 
 
-def test_when_nothing_is_left_to_halve_it_says_so():
-    plan = finetune.Plan(1, 4, True, True, 1, 1, {}, "")
-    assert finetune.smaller(plan, "") is None
-    with pytest.raises(finetune.BadInput, match="not even one row"):
-        finetune.stop_out_of_memory()
-
-
-def test_a_probe_leaves_nothing_behind(trained, monkeypatch):
-    """No gradient, no random number drawn, weights and mode as they were."""
-    from transformers import TrainerCallback
-
-    seen = []
-
-    class Callback(TrainerCallback):
-        def on_train_begin(self, args, state, control, model=None, **_):
-            trainer = next(c for c in self.handler.callbacks if hasattr(c, "trainer")).trainer
-            before = [torch.get_rng_state(), *(p.clone() for p in model.parameters() if p.requires_grad)]
-            rows = [finetune.Example(None, row["input_ids"], 1) for row in trainer.train_dataset]
-            finetune.probe(trainer, rows, finetune.Plan(2, 3, False, True, 1, 1, {}, ""))
-            after = [torch.get_rng_state(), *(p for p in model.parameters() if p.requires_grad)]
-            seen.append(all(map(torch.equal, before, after)) and all(p.grad is None for p in model.parameters()))
-
-        def on_init_end(self, args, state, control, **_):
-            pass
-
-    callback = Callback()
-    original = finetune.make_monitor
-
-    def monitor(*args):
-        made = original(*args)
-        callback.handler = type("Handler", (), {"callbacks": [made]})
-        return made
-
-    monkeypatch.setattr(finetune, "make_monitor", monitor)
-    trained(3, callbacks=(callback,), lora_dropout=0.1)
-    assert seen == [True]
-
-
-def test_dropout_drops_as_often_as_it_says_and_keeps_the_mean():
+def test_dropout_drops_as_often_as_it_says_and_keeps_the_mean(config, tiny):
+    own = dataclasses.replace(config, lora_dropout=0.1)
+    model = finetune.add_lora(finetune.load_model(tiny, own), own, tiny)
+    found = [layer.lora_dropout["default"] for layer in model.modules() if hasattr(layer, "lora_dropout")]
+    assert len(found) == 14 and all(type(module) is not torch.nn.Dropout and module.p == 0.1 for module in found)
     torch.manual_seed(0)
-    x = torch.ones(1000, 501)
-    module = torch.nn.Dropout(0.1)
-    y = finetune.dropout(x, module)
+    x, module = torch.ones(999, 501), found[0].train()  # not a multiple of the four numbers that it draws at a time
+    y = module(x)
     assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=2e-3)
     assert y.mean().item() == pytest.approx(1, abs=2e-3) and len(y.unique()) == 2
-    assert finetune.dropout(x, module.eval()) is x
+    assert module.eval()(x) is x
 
 
 def test_a_7b_within_6_gib():
@@ -218,38 +201,35 @@ def test_a_7b_in_less_than_5_gib_takes_8_bit_moments_last():
     train = [finetune.Example(row, [1] * 125, 40)] * 200
     plan = finetune.make_plan(finetune.Config(num_train_epochs=1), SEVEN_B, train, 4.7)
     assert (plan.micro_batch_size, plan.gradient_checkpointing, plan.optim) == (1, True, "adamw_8bit")
-    assert plan.total < 4.7 and plan.close
-    orders = list(finetune.choices(4, gpu=True))
+    assert plan.total < 4.7
+    orders = finetune.batch_options(4, gpu=True)
     assert [optim for _, _, optim in orders].count("adamw_8bit") == 1 and orders[-1][2] == "adamw_8bit"
-    assert all(optim != "adamw_8bit" for _, _, optim in finetune.choices(4, gpu=False))
+    assert all(optim != "adamw_8bit" for _, _, optim in finetune.batch_options(4, gpu=False))
 
 
-def test_rows_lengthened_for_a_gpu_give_the_same_loss_and_gradients(config, tiny_model):
+def test_rows_lengthened_for_a_gpu_give_the_same_loss_and_gradients(config, examples, tiny):
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    source = finetune.find_model(str(tiny_model), gpu=False)
-    tokenizer = finetune.load_tokenizer(source.folder)
-
-    def size(example: finetune.Example) -> int:
-        return -len(example.input_ids)
-
-    examples = sorted(finetune.encode_split(tokenizer, finetune.load_data(config), config)["train"], key=size)[::10]
+    tokenizer = finetune.load_tokenizer(tiny.folder)
+    some = sorted(examples["train"], key=lambda example: -len(example.input_ids))[::10]
     rows = [
-        {"input_ids": e.input_ids, "labels": [-100] * e.prompt_length + e.input_ids[e.prompt_length :]}
-        for e in examples
+        {"input_ids": e.input_ids, "labels": [-100] * e.prompt_length + e.input_ids[e.prompt_length :]} for e in some
     ]
-
-    model = finetune.add_lora(finetune.load_for_training(source, config), config, source, checkpointing=False)
+    model = finetune.add_lora(finetune.load_model(tiny, config), config, tiny)
     collate = DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
     results = []
     for how in (collate, finetune.like_lengths(collate, tokenizer.pad_token_id)):
         batch = how(rows)
         model.zero_grad()
-        loss = finetune.packed_loss(model, batch, None)
+        loss = model(**batch, use_cache=False).loss  # transformers sees by position_ids where a row begins
         loss.backward()
         grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
         starts = (batch["position_ids"][0] == 0).nonzero().squeeze(1).tolist()
         results.append((starts, (batch["labels"] != -100).sum().item(), loss.item(), grads))
+    alone = finetune.answer_nll(model, tokenizer, some)
+    weights = [len(e.input_ids) - e.prompt_length for e in some]
+    by_row = sum(loss * weight for loss, weight in zip(alone, weights, strict=True)) / sum(weights)
+    assert results[0][2] == pytest.approx(by_row, abs=1e-5)  # no row saw another
     plain, longer = results
     assert any(start % 8 for start in plain[0]) and not any(start % 8 for start in longer[0])
     lengths = [end - start for start, end in zip(longer[0], longer[0][1:], strict=False)]

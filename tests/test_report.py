@@ -1,6 +1,7 @@
 """The page and the card of a run: what they say, that hostile text stays text, and how the page looks to a browser."""
 
 import contextlib
+import dataclasses
 import html
 import http.server
 import json
@@ -21,7 +22,7 @@ import yaml
 from conftest import ROOT
 
 import finetune
-from finetune import Config, Exam, Example, compare_arms, judge, load_data, model_card, report_page
+from finetune import Config, EvalSet, Example, build_evaluation, judge, load_data, model_card, report_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ASKED = 24
@@ -41,49 +42,44 @@ def cut(text: str, share: float, ending: str) -> str:
     return " ".join(words[: int(len(words) * share)]) + ending
 
 
-def made_up_arms(exam: Exam) -> dict[str, dict[str, list]]:
+def made_up_records(data: finetune.Data) -> list[dict]:
     """Three arms as a model would give them: tuning lowers most losses, raises a few, and comes nearer the words."""
     dice = random.Random(7)
-    references = [example.row.answer for example in exam.held_out]
     wander = " In general it depends on many things, such as your situation; there are several kinds.\n\n- one\n- two"
-    texts = {
-        "before": [cut(text, 0.3, wander * 3) for text in references[:ASKED]],
-        "prompted": [cut(text, 0.4, wander) for text in references[:ASKED]],
-        "after": [cut(text, dice.uniform(0.5, 1), " Ask your agent.") for text in references[:ASKED]],
-    }
-    before = [dice.gauss(2.9, 0.4) for _ in references]
-    nll = {
-        "before": before,
-        "prompted": [value - 0.1 for value in before],
-        "after": [value - dice.gauss(0.55, 0.35) for value in before],
-    }
     right = {"before": 0.6, "prompted": 0.6, "after": 0.8}
-    return {
-        name: {
-            "nll": nll[name],
-            "ranking_top1": [float(dice.random() < right[name]) for _ in range(ASKED)],
-            "chrf": [finetune.chrf(*pair) for pair in zip(texts[name], references, strict=False)],
-            "rouge_l": [finetune.rouge_l(*pair) for pair in zip(texts[name], references, strict=False)],
-            "eos_rate": [float(name != "before" or place % 3 > 0) for place in range(ASKED)],
-            "mean_words": [float(len(text.split())) for text in texts[name]],
-            "answers": texts[name],
+    records = []
+    for place, row in enumerate(data.test):
+        before = dice.gauss(2.9, 0.4)
+        nll = {"before": before, "prompted": before - 0.1, "after": before - dice.gauss(0.55, 0.35)}
+        arms = {arm: {"nll": value} for arm, value in nll.items()}
+        texts = {
+            "before": cut(row.answer, 0.3, wander * 3),
+            "prompted": cut(row.answer, 0.4, wander),
+            "after": cut(row.answer, dice.uniform(0.5, 1), " Ask your agent."),
         }
-        for name in texts
-    }
+        for arm, text in texts.items() if place < ASKED else ():
+            arms[arm] |= {
+                "ranking_top1": float(dice.random() < right[arm]),
+                "chrf": finetune.chrf(text, row.answer),
+                "rouge_l": finetune.rouge_l(text, row.answer),
+                "eos_rate": float(arm != "before" or place % 3 > 0),
+                "mean_words": float(len(text.split())),
+                "answer": text,
+            }
+        asked = {"id": row.id, "question": row.question, "reference": row.answer, "group": data.group_of[row.id]}
+        records.append(asked | {"arms": arms})
+    return records
 
 
 def made_up_evaluation(data: finetune.Data) -> dict:
-    held_out = [Example(row, [1, 2, 3], 1) for row in data.test]
-    groups = [data.group_of[row.id] for row in data.test]
-    candidates = [list(range(10)) for _ in range(ASKED)]
-    exam = Exam(held_out, held_out, groups, [], [], candidates, asked=ASKED, max_new_tokens=100)
-    evaluation = compare_arms(made_up_arms(exam), exam, 42)
-    evaluation["retention"] = {"prompts": 60, "before": 1.31, "after": 1.34, "change_percent": 2.29}
-    evaluation["memorization"] = {
-        "train_nll_before": 2.88, "train_nll_after": 1.9, "held_out_nll_before": evaluation["before"]["nll"],
-        "held_out_nll_after": evaluation["after"]["nll"], "copied_share": 0.04,
-    }  # fmt: skip
-    return evaluation | {"verdict": judge(evaluation), "seconds": 81.3}
+    held_out, records = [Example(row, [1, 2, 3], 1) for row in data.test], made_up_records(data)
+    questions = EvalSet(
+        held_out, held_out, candidates=[held_out[:10]] * ASKED, train_sample=[],
+        train_answers=[records[0]["arms"]["after"]["answer"]], max_new_tokens=100, records=records,
+        general=held_out[:1] * 60, seconds=81.3,
+        losses={"before": {"train": 2.88, "general": 1.31}, "after": {"train": 1.9, "general": 1.34}},
+    )  # fmt: skip
+    return build_evaluation(questions, 42)
 
 
 def made_up_log(updates: int = 138) -> list[dict]:
@@ -150,9 +146,8 @@ def hostile(run: dict) -> dict:
     copy = json.loads(json.dumps(run))
     for question in copy["evaluation"]["questions"]:
         question["question"] = question["reference"] = HOSTILE
-    for arm in ("before", "prompted", "after"):
-        answers = copy["evaluation"][arm]["answers"]
-        copy["evaluation"][arm]["answers"] = dict.fromkeys(answers, HOSTILE + " word" + "x" * 3000)
+        for arm in question["arms"].values():
+            arm |= {"answer": HOSTILE + " word" + "x" * 3000} if "answer" in arm else {}
     copy["data"]["files"][0]["path"] = copy["data"]["dropped"][0]["reason"] = HOSTILE
     copy["model"]["id"] = copy["environment"]["cpu"] = copy["evaluation"]["verdict"]["sentence"] = HOSTILE
     copy["config"]["data"] = [HOSTILE]
@@ -213,36 +208,49 @@ def test_page_shows_the_numbers_of_the_run(run, data):
     assert finetune.LICENSES[finetune.EMBEDDED] in page and "AMD EPYC 7763" in page and "0f" * 32 in page
 
 
+def rises_of(records: list[dict]) -> dict[str, float]:
+    return {q["id"]: q["arms"]["after"]["nll"] - q["arms"]["before"]["nll"] for q in records}
+
+
 def test_samples_are_drawn_by_lot_and_regressions_are_the_worst(run):
     samples, worst = finetune.questions_shown(run)
     evaluation = run["evaluation"]
-    answered = [q["id"] for q in evaluation["questions"] if q["id"] in evaluation["after"]["answers"]]
+    answered = [q["id"] for q in evaluation["questions"] if "answer" in q["arms"]["after"]]
     assert len(answered) == ASKED and len(samples) == finetune.SAMPLES_SHOWN
     drawn = [q["id"] for q in samples]
     assert set(drawn) <= set(answered) and len(set(drawn)) == len(drawn) and drawn != answered[: len(drawn)]
     assert drawn == [q["id"] for q in finetune.questions_shown(run)[0]]
     other = run | {"config": run["config"] | {"seed": 43}}
     assert drawn != [q["id"] for q in finetune.questions_shown(other)[0]]
-    assert all(q["answers"]["after"] == evaluation["after"]["answers"][q["id"]] for q in samples)
+    assert all(q in evaluation["questions"] for q in samples)
 
-    rises = {q["id"]: q["nll"]["after"] - q["nll"]["before"] for q in evaluation["questions"]}
+    rises = rises_of(evaluation["questions"])
     assert [q["id"] for q in worst] == sorted(rises, key=rises.get, reverse=True)[: finetune.REGRESSIONS_SHOWN]
 
 
 def test_a_loss_that_is_no_number_is_no_regression(run, data):
     broken = without(run)
-    broken["evaluation"]["questions"][0]["nll"]["after"] = float("nan")
-    del broken["evaluation"]["questions"][1]["nll"]["after"]
+    first, second, third, *others = broken["evaluation"]["questions"]
+    first["arms"]["after"]["nll"] = float("nan")
+    del second["arms"]["after"]["nll"], third["arms"]["after"], others[0]["arms"]["prompted"]
     shown = [q["id"] for q in finetune.questions_shown(broken)[1]]
-    rises = {q["id"]: q["nll"]["after"] - q["nll"]["before"] for q in broken["evaluation"]["questions"][2:]}
+    rises = rises_of(others)
     assert shown == sorted(rises, key=rises.get, reverse=True)[: finetune.REGRESSIONS_SHOWN]
-    assert report_page(broken, data, "x")
+    assert report_page(broken, data, "x") and f"{ASKED - 1} of them also answered" in model_card(broken, "x")
 
 
-def test_marks_are_the_words_the_reference_lacks():
-    marked = finetune.words_that_differ("You’ll PAY the <b fee> first, won't you?", "you'll pay, the deductible first")
-    assert marked == "You’ll PAY the &lt;<mark>b fee</mark>&gt; first, <mark>won&#39;t you</mark>?"
-    assert finetune.words_that_differ("", "x") == "" and finetune.words_that_differ("a b", "") == "<mark>a b</mark>"
+def test_marks_are_the_words_the_reference_lacks(run, data):
+    text, reference = "You’ll PAY the <b fee> first, won't you?", "you'll pay, the deductible first"
+    pieces = finetune.word_diff(text, reference)
+    assert [piece for piece, differs in pieces if differs] == ["b fee", "won't you"]
+    assert "".join(piece for piece, _ in pieces) == text
+    assert "".join(piece for piece, _ in finetune.word_diff("", "x")) == ""
+    assert [pair for pair in finetune.word_diff("a b", "") if pair[0]] == [("a b", True)]
+    copy = without(run)
+    for record in copy["evaluation"]["questions"]:
+        record["reference"], record["arms"]["after"]["answer"] = reference, text
+    page = report_page(copy, data, "x")
+    assert "You’ll PAY the &lt;<mark>b fee</mark>&gt; first, <mark>won&#39;t you</mark>?" in page
 
 
 MEANINGS = {  # held-out loss, chrF against the prompted base, ranking, retention in % -> what the page says of it
@@ -298,16 +306,22 @@ def test_hostile_text_stays_text(run, data):
     assert not finetune.BIDI.search(page) and not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", page)
 
 
-def test_command_is_what_was_not_default(run, tmp_path):
-    command = finetune.command_of(run["config"])
-    assert command == "python finetune.py --num-train-epochs 3 --learning-rate 0.001 --warmup-steps 0.1"
-    files = (Path("my faq.csv"), Path("it's; rm -rf.json"))
-    config = Config(data=files, fp16=True, target_modules=("q_proj", "v_proj"), output_dir=tmp_path, lora_r=8)
-    words = shlex.split(finetune.command_of(finetune.config_as_json(config)))
+def test_command_gives_the_same_run_again(run, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "adapters/it's; rm -rf"
+    folder.mkdir(parents=True)
+    config = Config(
+        data=(Path("my faq.csv"), Path("it's; rm -rf.json")), fp16=True, target_modules=("q_proj", "v_proj"), lora_r=8,
+        learning_rate=1e-3, warmup_steps=0.1,
+    )  # fmt: skip
+    saved = run | {"config": finetune.config_as_json(dataclasses.replace(config, output_dir=folder))}
+    (folder / "run.json").write_text(json.dumps(saved), encoding="utf-8")
+    [command] = re.findall(r"<pre [^>]*>(.*?)</pre>", report_page(saved, data, folder.name), re.S)
+    words = shlex.split(html.unescape(re.sub("<[^>]+>", "", command)))
+    assert words[:2] == ["python", "finetune.py"]
     again = finetune.parse(words[2:])
-    assert (again.data, again.fp16, again.target_modules, again.lora_r) == (files, True, ("q_proj", "v_proj"), 8)
     assert again.output_dir is None  # it exists: the same command would be refused
-    assert finetune.command_of({"data": ["~/my faq.csv"]}) == "python finetune.py --data ~/'my faq.csv'"
+    assert again == dataclasses.replace(config, config=folder / "run.json")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

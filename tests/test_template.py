@@ -53,7 +53,8 @@ def test_embedded_tokenizer_stops_where_the_gguf_says(embedded):
     from gguf import GGUFReader
 
     tokenizer = finetune.load_tokenizer(embedded.folder)
-    fields = GGUFReader(embedded.gguf).fields
+    [gguf] = embedded.folder.glob("*.gguf")
+    fields = GGUFReader(gguf).fields
     assert tokenizer.eos_token_id == int(fields["tokenizer.ggml.eos_token_id"].contents()) == 2
     assert tokenizer.eos_token == "<|im_end|>"
     assert [tokenizer.decode([t]) for t in tokenizer("2024").input_ids] == ["2", "0", "2", "4"]

@@ -1,6 +1,8 @@
 """The whole job through the real command line: a tiny random Mistral for the mechanics, SmolLM2 for the result."""
 
+import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -8,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, rows
 
 import finetune
 
@@ -45,7 +47,12 @@ def test_the_job_learns_and_leaves_a_whole_folder(finished):
     assert run["status"] == "complete" and not folder.with_name(folder.name + ".partial").exists()
     assert run["evaluation"]["after"]["nll"] < run["evaluation"]["before"]["nll"] - 0.3
     assert run["training"]["steps"] == 20 and run["training"]["log"][0]["step"] == 1
-    assert len(run["evaluation"]["after"]["answers"]) == 10 == len(run["evaluation"]["before"]["answers"])
+    questions = run["evaluation"]["questions"]
+    assert [question["id"] for question in questions] == run["data"]["eval_ids"] and len(questions) > 10
+    for arm in finetune.ARMS:
+        assert len([question for question in questions if "answer" in question["arms"][arm]]) == 10
+        assert all(question["arms"][arm].keys() == {*finetune.METRICS, "answer"} for question in questions[:10])
+        assert all(question["arms"][arm].keys() == {"nll"} for question in questions[10:])
     assert not set(run["data"]["train_ids"]) & set(run["data"]["eval_ids"])
     assert run["data"]["replayed"] == round(0.15 * len(run["data"]["train_ids"])) > 0
     files = {path.name for path in folder.iterdir()}
@@ -89,9 +96,8 @@ def test_nll_before_is_what_transformers_computes(finished, embedded):
     ).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     wanted = set(run["data"]["eval_ids"])
-    rows, _, _ = finetune.read_file(ROOT / "data/faq_sample.json", None, None)
     losses = []
-    for row in rows:
+    for row in finetune.read_rows(ROOT / "data/faq_sample.json"):
         if row.id not in wanted:
             continue
         prompt = tokenizer.apply_chat_template(list(row.prompt), add_generation_prompt=True, return_dict=False)
@@ -130,17 +136,16 @@ print(json.dumps(answers))
 def test_plain_peft_gives_the_same_answers(finished, embedded, tmp_path):
     """A script that does not import this project, in another folder."""
     folder, _ = finished
-    answers = json.loads((folder / "run.json").read_text())["evaluation"]["after"]["answers"]
-    rows, _, _ = finetune.read_file(ROOT / "data/faq_sample.json", None, None)
-    questions = {row.id: row.question for row in rows if row.id in list(answers)[:3]}
+    records = json.loads((folder / "run.json").read_text())["evaluation"]["questions"][:3]
+    questions = [record["question"] for record in records]
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN_PEFT, str(embedded.folder), str(folder), json.dumps(list(questions.values()))],
+        [sys.executable, "-c", PLAIN_PEFT, str(embedded.folder), str(folder), json.dumps(questions)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [answers[row_id] for row_id in questions]
+    assert json.loads(done.stdout.splitlines()[-1]) == [record["arms"]["after"]["answer"] for record in records]
 
 
 def test_a_run_never_overwrites_another(run, faq, tiny_model, tmp_path):
@@ -160,7 +165,7 @@ def test_dry_run_writes_nothing(run, faq, tiny_model, tmp_path):
 
 
 def test_updates_are_those_of_a_plain_loop(faq, tiny_model, tmp_path, monkeypatch):
-    """One flattened, padding-free batch an update trains what a padded batch and a plain AdamW loop train."""
+    """TRL's batches and loss train what one padded batch an update and a plain AdamW loop train."""
     import torch
     from transformers import set_seed
 
@@ -177,7 +182,7 @@ def test_updates_are_those_of_a_plain_loop(faq, tiny_model, tmp_path, monkeypatc
     examples = finetune.encode(tokenizer, data.train, 2048)
     set_seed(config.seed)
     model = finetune.load_4bit(source, torch.float32)
-    model = finetune.add_lora(model, config, source, checkpointing=False).train()
+    model = finetune.add_lora(model, config, source).train()
     width = max(len(e.input_ids) for e in examples)
     ids = torch.tensor([e.input_ids + [tokenizer.pad_token_id] * (width - len(e.input_ids)) for e in examples])
     mask = torch.tensor([[1] * len(e.input_ids) + [0] * (width - len(e.input_ids)) for e in examples])
@@ -200,35 +205,133 @@ def test_updates_are_those_of_a_plain_loop(faq, tiny_model, tmp_path, monkeypatc
 LONG = ("--num-train-epochs", "24", "--early-stopping-patience", "0")
 
 
-def test_interrupted_and_resumed_is_the_same_adapter(run, faq, tiny_model, tmp_path):
-    """Ctrl-C saves the update it was at; --resume ends with the adapter of a run that was not stopped."""
-    flags = ["--data", str(faq), "--model", str(tiny_model), *SHORT, *LONG]
-    whole = run(*flags, "--output-dir", "whole")
-    assert whole.returncode == 0, whole.stderr
+@pytest.fixture(scope="module")
+def interrupted(tiny_model, tmp_path_factory):
+    """A folder with the run `whole`, and `broken`: stopped by Ctrl-C, refused twice, resumed. And what each said."""
+    cwd = tmp_path_factory.mktemp("interrupted")
+    (cwd / "faq.json").write_text(json.dumps(rows(40)), encoding="utf-8")
+    command = [sys.executable, str(ROOT / "finetune.py"), "--data", "faq.json", "--model", str(tiny_model)]
+    command += [*SHORT, *LONG, "--output-dir"]
 
-    partial = tmp_path / "broken.partial"
-    command = [sys.executable, str(ROOT / "finetune.py"), *flags, "--output-dir", "broken"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    def done(*flags) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *flags], cwd=cwd, capture_output=True, text=True)
+
+    said = {"whole": done("whole")}
+    partial = cwd / "broken.partial"
+    process = subprocess.Popen(
+        [*command, "broken"], cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
-    while not (partial / "best").exists() and time.monotonic() < deadline:
+    while not finetune.last_checkpoint(partial) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "--resume" in errors and not (tmp_path / "broken").exists()
-    step = int(finetune.last_checkpoint(partial).name.split("-")[1])
-    assert 0 < step < 11 * 24  # 36 rows and 5 replayed prompts, 4 an update
+    said["stopped"] = subprocess.CompletedProcess(process.args, process.returncode, "", errors)
+    checkpoint = finetune.last_checkpoint(partial)
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state["stateful_callbacks"]["Monitor"]["attributes"]["seconds"] += 1000  # as if it had been a long run
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
+    said["not resumed"] = done("broken")
+    said["another"] = done("broken", "--resume", "--lora-alpha", "8")
+    said["left"] = sorted(path.name for path in cwd.iterdir())
+    said["resumed"] = done("broken", "--resume")
+    return cwd, state, said
 
-    refused = run(*flags, "--output-dir", "broken")
-    assert refused.returncode == 2 and "--resume" in refused.stderr
-    changed = run(*flags, "--output-dir", "broken", "--resume", "--lora-alpha", 8)
-    assert changed.returncode == 2 and "lora_alpha was 32, is 8" in changed.stderr
 
-    resumed = run(*flags, "--output-dir", "broken", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
-    assert not partial.exists() and same(adapter(tmp_path / "whole"), adapter(tmp_path / "broken"))
-    logs = [json.loads((tmp_path / name / "run.json").read_text())["training"]["log"] for name in ("whole", "broken")]
+def test_interrupted_and_resumed_is_the_same_adapter(interrupted):
+    """Ctrl-C saves the update it was at; --resume ends with the adapter of a run that was not stopped."""
+    cwd, state, said = interrupted
+    assert said["whole"].returncode == 0, said["whole"].stderr
+    assert said["stopped"].returncode == 130 and "--resume" in said["stopped"].stderr, said["stopped"].stderr
+    assert said["left"] == ["broken.partial", "faq.json", "whole"]
+    assert 0 < state["global_step"] < 10 * 24  # 32 rows and 5 replayed prompts, 4 an update
+    assert said["not resumed"].returncode == 2 and "--resume" in said["not resumed"].stderr
+    assert said["another"].returncode == 2 and "lora_alpha was 32, is 8" in said["another"].stderr
+
+    assert said["resumed"].returncode == 0, said["resumed"].stderr
+    assert not (cwd / "broken.partial").exists() and same(adapter(cwd / "whole"), adapter(cwd / "broken"))
+    logs = [json.loads((cwd / name / "run.json").read_text())["training"]["log"] for name in ("whole", "broken")]
     assert logs[0] == logs[1]
+
+
+def test_seconds_of_a_resumed_run_are_those_of_the_whole_run(interrupted):
+    cwd, state, _ = interrupted
+    whole, resumed = (json.loads((cwd / name / "run.json").read_text())["training"] for name in ("whole", "broken"))
+    before = state["stateful_callbacks"]["Monitor"]["attributes"]["seconds"]
+    assert 1000 < before < resumed["seconds"] < before + 200
+    assert resumed["tokens"] == whole["tokens"] and resumed["steps"] == whole["steps"] == 10 * 24
+    assert resumed["tokens_per_second"] == pytest.approx(resumed["tokens"] / resumed["seconds"], abs=0.1)
+
+
+def conversation(weight: int | None) -> dict:
+    first = {"role": "assistant", "content": "Hello to you."} | ({} if weight is None else {"weight": weight})
+    turns = [{"role": "user", "content": "Hello"}, first, {"role": "user", "content": "What is a deductible?"}]
+    return {"messages": [*turns, {"role": "assistant", "content": "The part that you pay."}]}
+
+
+@pytest.mark.parametrize(
+    ("weight", "answers"),
+    [(None, ["Hello to you.", "The part that you pay."]), (0, ["The part that you pay."])],
+    ids=["both", "the last only"],
+)
+def test_each_answer_of_a_conversation_is_trained_unless_its_weight_is_0(weight, answers, tiny, tmp_path):
+    """Read from a file, and looked at where the model gets it: the labels of the trainer's own batch."""
+    path = tmp_path / "faq.json"
+    path.write_text(json.dumps([conversation(weight)]), encoding="utf-8")
+    config = finetune.Config(lora_r=4, learning_rate=1e-3, num_train_epochs=1, warmup_steps=0)
+    tokenizer = finetune.load_tokenizer(tiny.folder)
+    examples = finetune.encode(tokenizer, finetune.read_rows(path), 512)
+    model = finetune.add_lora(finetune.load_model(tiny, config), config, tiny)
+    plan = finetune.make_plan(config, tiny.config, examples, None)
+    trainer = finetune.make_trainer(model, tokenizer, examples, examples, plan, config, tmp_path / "x", ())
+    [labels] = next(iter(trainer.get_train_dataloader()))["labels"].tolist()
+    trained = [token for token in labels if token != -100]
+    assert trained.count(tokenizer.eos_token_id) == len(answers) and trained[-1] == tokenizer.eos_token_id
+    parts = tokenizer.decode(trained).split(tokenizer.eos_token)[:-1]
+    assert [part.strip() for part in parts] == answers
+
+
+NO_NUMBER = """
+import sys, finetune
+answer_nll = finetune.answer_nll
+def broken(model, tokenizer, examples, half=False):
+    losses = answer_nll(model, tokenizer, examples, half)
+    return [float("nan")] * len(losses) if hasattr(model, "peft_config") else losses
+finetune.answer_nll = broken
+sys.exit(finetune.main(sys.argv[1:]))
+"""
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run(faq, tiny_model, tmp_path):
+    flags = ["--data", str(faq), "--model", str(tiny_model), "--max-steps", "2", *SHORT]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", NO_NUMBER, *flags]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "FloatingPointError: the held-out loss is nan after 2 updates; lower --learning-rate" in done.stderr
+    assert not (tmp_path / "adapters/faq-tiny-mistral").exists()
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tiny, tmp_path):
+    """Fewer projections than the model's LoRA has, or another rank: nothing of it is loaded."""
+    import torch
+
+    whole = finetune.Config(lora_r=4)
+    for name, changes in (("fewer", {"target_modules": ("q_proj", "v_proj")}), ("rank", {"lora_r": 8}), ("same", {})):
+        config = dataclasses.replace(whole, **changes)
+        model = finetune.add_lora(finetune.load_model(tiny, config), config, tiny)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.constant_(parameter, 0.5)
+        model.save_pretrained(tmp_path / name)
+    model = finetune.add_lora(finetune.load_model(tiny, whole), whole, tiny)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    for name, count in (("fewer", 2 * 2 * 5), ("rank", 2 * 2 * 7)):  # layers, A and B, projections
+        with pytest.raises(finetune.BadInput, match=f"{name}: {count} tensors are missing, left over or of another"):
+            finetune.load_adapter(model, tmp_path / name)
+        assert same(before, model.state_dict())
+    finetune.load_adapter(model, tmp_path / "same")
+    assert all((weight == 0.5).all() for name, weight in model.state_dict().items() if "lora_" in name)
 
 
 def test_early_stopping_keeps_the_best_epoch(run, faq, tiny_model, tmp_path):
@@ -248,7 +351,7 @@ def test_early_stopping_keeps_the_best_epoch(run, faq, tiny_model, tmp_path):
     run_json = json.loads((tmp_path / "adapters/faq-tiny-mistral/run.json").read_text())
     training = run_json["training"]
     held_out = {entry["step"]: entry["eval_loss"] for entry in training["log"] if "eval_loss" in entry}
-    assert training["stopped_early"] and training["steps"] < 11 * 30
+    assert training["stopped_early"] and training["steps"] < 10 * 30
     assert held_out[training["best_step"]] == min(held_out.values())
     assert run_json["evaluation"]["after"]["nll"] == pytest.approx(min(held_out.values()), abs=1e-3)
 
