@@ -623,10 +623,10 @@ def test_a_damaged_adapter_is_said_without_a_traceback(tiny_chat, tmp_path):
     assert "Traceback" not in said and "ENTER" not in said
 
 
-def test_any_bytes_by_paste(tiny_chat):
+def test_any_bytes_by_paste(tiny_chat, request):
     chat = tiny_chat("--num-predict", "2")
     rng = random.Random(1)
-    for _ in range(12):
+    for _ in range(300 if request.config.getoption("--slow") else 12):
         pasted = bytes(rng.randrange(256) for _ in range(40)).replace(b"\x1b", b"")
         os.write(chat.child.child_fd, b"\x1b[200~" + pasted + b"\x1b[201~")
         chat.read(0.2)
