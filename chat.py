@@ -31,27 +31,29 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, get_type_hints
 
+import psutil
+import rapidfuzz.fuzz
 import tyro
 from annotated_types import Ge, Le
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.markdown import Markdown, MarkdownIt
-from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import Doc
 
 import finetune
-from finetune import BadInput, Source, brief, chat_ids, clean
+from finetune import BadInput, Source, brief, chat_ids, clean, peft, safetensors, torch, transformers
 
 if TYPE_CHECKING:
-    import torch
     from prompt_toolkit import PromptSession
+
+bnb, bnb_nn, functional = map(finetune.Lazy, ("bitsandbytes.functional", "bitsandbytes.nn", "torch.nn.functional"))
+lora_layers, prompt_toolkit = map(finetune.Lazy, ("peft.tuners.lora", "prompt_toolkit"))
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Constants and flags: takes the command line, gives Options
@@ -148,44 +150,47 @@ def main(argv: list[str] | None = None) -> int:
     # Waiting threads that spin would starve the others wherever cores are few.
     for name, value in {**finetune.QUIET, "OMP_WAIT_POLICY": "PASSIVE"}.items():
         os.environ.setdefault(name, value)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    code = 0
     try:
         options = parse_options(argv)
-    except BadInput as problem:
-        return report_error(sys.stderr, str(problem), 2)
-    with finetune.own_screen(log_file()) as (out, err):
-        finetune.console.file = err  # the progress of a download is no answer
-        code = run(options, out, err)
-        if any(thread.name == "load" for thread in threading.enumerate()):
-            os._exit(code)  # torch cannot be torn down in the middle of its import
+        with finetune.own_screen(log_file()) as (out, err):
+            finetune.console.file = err  # the progress of a download is no answer
+            run(options, out, err)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as signalled:
+        code = signalled.code
+    except BrokenPipeError:  # the reader of stdout has seen enough, as `head` has
+        pass
+    except Exception as error:
+        code = 2 if isinstance(error, BadInput) else 1
+        errors.print(Text(f"chat.py: {clean(describe(error))}", "red" if errors.is_terminal else ""))
+    if any(thread.name.startswith("load") for thread in threading.enumerate()):
+        os._exit(code)  # torch cannot be torn down in the middle of its import
     return code
 
 
-def run(options: Options, out: TextIO, err: TextIO) -> int:
+def run(options: Options, out: TextIO, err: TextIO) -> None:
     """A chat if there is a terminal and no question, else a script."""
-    try:
-        source, adapters = choose_models(options)
-        talks = options.question is None and not (options.json or options.whole_input) and out.isatty()
-        (run_chat if talks and sys.stdin and sys.stdin.isatty() else run_script)(options, source, adapters, out, err)
-    except BadInput as problem:
-        return report_error(err, str(problem), 2)
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as signalled:
-        return signalled.code
-    except BrokenPipeError:  # the reader of stdout has seen enough, as `head` has
-        return 0
-    except Exception as error:
-        return report_error(err, report_unforeseen(error), 1)
-    return 0
+    source, adapters = choose_models(options)
+    talks = options.question is None and not (options.json or options.whole_input) and out.isatty()
+    if talks and sys.stdin and sys.stdin.isatty():
+        run_chat(options, source, adapters, out)
+    else:
+        run_script(options, source, adapters, out, err)
 
 
 def run_script(options: Options, source: Source, adapters: list[Adapter], out: TextIO, err: TextIO) -> None:
     """Answer the questions, each on its own."""
     if options.go_on:
         raise BadInput("--continue: goes on in the chat, and this is none: a question is given or something is piped")
-    engine = None
+    engine, console = None, make_console(out)
     for question in read_questions(options):
-        engine = engine or load_models(options, source, adapters, err)
+        if engine is None:
+            engine = Engine(source, options.num_ctx, adapters)
+            for model in engine.models.values():
+                err.write(f"chat.py: {clean(model.name)} {NO_EFFECT}\n" if model.no_effect else "")
         names = list(engine.models)
         names = names if options.compare else names[1:2] or names[:1]  # the first adapter, else the base
         messages = Conversation(readable(options.system or "")).messages(question)
@@ -200,10 +205,7 @@ def run_script(options: Options, source: Source, adapters: list[Adapter], out: T
                 continue
             if options.compare:
                 out.write(f"[{clean(name)}]\n")
-            writer = AnswerWriter(make_console(out))
-            for piece in engine.stream(messages, name, parameters):
-                writer.feed(piece.text)
-            writer.close()
+            write_answer(console, engine.stream(messages, name, parameters))
 
 
 def read_questions(options: Options) -> Iterator[str]:
@@ -216,57 +218,33 @@ def read_questions(options: Options) -> Iterator[str]:
             sys.stdin.reconfigure(errors="replace")
         texts = [f"{options.question or ''}\n\n{sys.stdin.read()}"] if options.whole_input else sys.stdin
     for text in texts:
-        question = readable(text).replace("\ufeff", "").strip()  # Windows puts that mark before a text
-        if question:
+        if question := readable(text).replace("\ufeff", "").strip():  # Windows puts that mark before a text
             yield question
 
 
-def run_chat(options: Options, source: Source, adapters: list[Adapter], out: TextIO, err: TextIO) -> None:
+def run_chat(options: Options, source: Source, adapters: list[Adapter], out: TextIO) -> None:
     """The terminal chat. The model loads in a thread while the first question is typed."""
     finetune.fetch_weights(source)  # before the prompt, because it shows its progress
-    loading: Future[Engine] = Future()
 
-    def load() -> None:
-        try:
-            engine = load_models(options, source, adapters, sys.stderr)
-            for model in engine.models.values():
-                model.capture_ahead()
-            loading.set_result(engine)
-        except BaseException as error:
-            traceback.print_exc()
-            loading.set_exception(error)
-            if chat.session.app.loop:
-                chat.session.app.loop.call_soon_threadsafe(chat.stop_prompt)
+    def load() -> Engine:
+        engine = Engine(source, options.num_ctx, adapters)
+        for model in engine.models.values():
+            model.capture_ahead()
+        return engine
 
-    def leave(number: int, _: Any) -> None:
-        raise SystemExit(128 + number)
-
-    for name in ("SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), leave)
-    chat = Chat(options, source, adapters, loading, out)
-    threading.Thread(target=load, daemon=True, name="load").start()
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    loader = ThreadPoolExecutor(1, "load")
+    chat = Chat(options, source, adapters, loader.submit(load), out)
+    loader.shutdown(wait=False)  # the thread ends with its work
+    chat.loading.add_done_callback(chat.stop_prompt)
     chat.run()
 
 
-def load_models(options: Options, source: Source, adapters: list[Adapter], err: TextIO) -> Engine:
-    engine = Engine(source, options.num_ctx)
-    for adapter in adapters:
-        if engine.load_adapter(adapter).no_effect:
-            print(f"chat.py: {clean(adapter.name)} {NO_EFFECT}", file=err)
-    return engine
-
-
-def report_error(err: TextIO, message: str, code: int) -> int:
-    console = Console(file=err, highlight=False, soft_wrap=True)
-    console.print(Text(f"chat.py: {clean(message)}", style="red" if console.is_terminal else ""))
-    return code
-
-
-def report_unforeseen(error: Exception) -> str:
-    """A line for the person; the traceback is for the log, where stderr points to."""
-    traceback.print_exception(error)
-    return f"failed: {type(error).__name__}: {brief(error)}; see {log_file()}"
+def describe(error: Exception) -> str:
+    """A line for the person; the traceback of what was not foreseen is in the log."""
+    foreseen = isinstance(error, BadInput)
+    return str(error) if foreseen else f"failed: {type(error).__name__}: {brief(error)}; see {log_file()}"
 
 
 def readable(text: str) -> str:
@@ -282,8 +260,8 @@ def state_file(name: str) -> Path:
     except RuntimeError as error:  # no HOME and no entry in passwd, as in some containers
         raise OSError(str(error)) from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_CREAT | os.O_APPEND, 0o600))
-    path.chmod(0o600)
+    path.touch(0o600)
+    path.chmod(0o600)  # where it had been opened to others
     return path
 
 
@@ -343,11 +321,10 @@ class Chat:
 
     def ask(self, question: str) -> str:
         """A question of ours within the chat; Ctrl-C and Ctrl-D are an empty answer."""
-        from prompt_toolkit import PromptSession
-
         self.note(question, "none")
         try:
-            return readable(PromptSession(output=prompt_output(self.console.file)).prompt("? ")).strip()
+            session = prompt_toolkit.PromptSession(output=prompt_output(self.console.file))
+            return readable(session.prompt("? ")).strip()
         except (KeyboardInterrupt, EOFError):
             return ""
 
@@ -370,15 +347,18 @@ class Chat:
                 return
             except Exception as error:
                 if not self.failure():
-                    self.note(str(error) if isinstance(error, BadInput) else report_unforeseen(error), "red")
+                    if not isinstance(error, BadInput):
+                        traceback.print_exc()  # stderr is the log
+                    self.note(describe(error), "red")
             self.save_state()
             if line.strip():
                 self.console.print()
 
-    def stop_prompt(self) -> None:
-        """The model could not be loaded: whoever types need not type on."""
-        if self.session.app.is_running and not self.session.app.is_done:
-            self.session.app.exit(result="")
+    def stop_prompt(self, loading: Future[Engine]) -> None:
+        """Called in the other thread when the model is there; if it could not be loaded, nobody need type on."""
+        app = self.session.app
+        if loading.exception() and app.loop:
+            app.loop.call_soon_threadsafe(lambda: app.is_running and not app.is_done and app.exit(result=""))
 
     def save_state(self) -> None:
         """The conversation is on disk after every turn, for --continue."""
@@ -423,14 +403,13 @@ class Chat:
         if text and self.options.compare:
             cmd_compare(self, text)
         elif text:
-            self.answer_question(text)
+            question = self.with_files(text)
+            if (answer := self.answer(question, self.model_name)).text:
+                self.conversation.turns.append(Turn(question, [answer]))
+                self.files = []
 
-    def answer_question(self, text: str) -> None:
-        text = "\n\n".join([*self.files, text])
-        answer = self.stream_answer(self.fit_messages(text, [self.model_name]), self.model_name)
-        if answer.text:
-            self.conversation.turns.append(Turn(text, [answer]))
-            self.files = []
+    def with_files(self, question: str) -> str:
+        return "\n\n".join([*self.files, question])
 
     def fit_messages(self, question: str, names: list[str], upto: int | None = None) -> list[dict]:
         """What is sent to these models: the question after as many turns as fit. Says so when old turns do not."""
@@ -447,25 +426,24 @@ class Chat:
             self.note(f"The context of {limit} tokens is full: the {turns} no longer sent", "yellow")
         return messages
 
-    def stream_answer(self, messages: list[dict], name: str) -> Answer:
+    def answer(self, question: str, name: str, upto: int | None = None) -> Answer:
         """Write an answer to the screen as it comes, and say so if it did not come to its end."""
+        messages = self.fit_messages(question, [name], upto)
         if len(self.model_names()) > 1:
             self.note(name)
-        writer = AnswerWriter(self.console)
         with interruptible() as stop:
-            for piece in self.engine.stream(messages, name, self.parameters, stop):
-                writer.feed(piece.text)
-        writer.close()
-        self.last = answer = piece.answer
+            answer = write_answer(self.console, self.engine.stream(messages, name, self.parameters, stop))
+        self.last = answer
         limit = self.parameters.num_predict
+        said = {
+            "interrupted": "Stopped; what came is kept",
+            "num_predict": f"Stopped at num_predict {limit}; /set parameter num_predict -1 lets it end",
+            "context": "Stopped: the context is full",
+        }
         if not answer.text:
             self.note("No answer came; the question is not kept")
-        elif answer.stop == "interrupted":
-            self.note("Stopped; what came is kept")
-        elif answer.stop == "num_predict":
-            self.note(f"Stopped at num_predict {limit}; /set parameter num_predict -1 lets it end")
-        elif answer.stop == "context":
-            self.note("Stopped: the context is full", "yellow")
+        elif answer.stop in said:
+            self.note(said[answer.stop], "yellow" if answer.stop == "context" else "dim")
         self.engine.models[name].capture_ahead()
         return answer
 
@@ -507,15 +485,16 @@ class Chat:
 
 def cmd_help(chat: Chat, rest: str) -> None:
     """: this list; /? too"""
+    rows = [
+        *((f"{name} {arguments}".strip(), meaning) for name, (arguments, meaning) in HELP.items()),
+        ('"""', "opens and closes a text of several lines; Alt-Enter is a newline too"),
+        ("Ctrl-C", "stops an answer and keeps what came"),
+        ("Ctrl-X Ctrl-E", "opens the line in your editor"),
+    ]
     table = plain_table()
     table.add_column(overflow="fold", max_width=25 if chat.console.width >= 60 else 13)
-    table.add_column()
-    for name in COMMANDS:
-        arguments, meaning = command_help(name)
-        table.add_row(Text(f"{name} {arguments}".strip(), "bold"), Text(meaning))
-    table.add_row(Text('"""', "bold"), "opens and closes a text of several lines; Alt-Enter is a newline too")
-    table.add_row(Text("Ctrl-C", "bold"), "stops an answer and keeps what came")
-    table.add_row(Text("Ctrl-X Ctrl-E", "bold"), "opens the line in your editor")
+    for keys, meaning in rows:
+        table.add_row(Text(keys, "bold"), Text(meaning))
     chat.console.print(table)
 
 
@@ -537,9 +516,9 @@ def start_over(chat: Chat, conversation: Conversation) -> None:
 
 def cmd_undo(chat: Chat, rest: str) -> None:
     """: drop the last question and its answer"""
-    turn = chat.last_turn()
+    question = chat.last_turn().question
     chat.conversation.undo()
-    chat.note(f"Dropped: {' '.join(turn.question.split())[:60]}")
+    chat.note(f"Dropped: {' '.join(question.split())[:60]}")
 
 
 def cmd_system(chat: Chat, rest: str) -> None:
@@ -555,46 +534,33 @@ def cmd_set(chat: Chat, rest: str) -> None:
     words = rest.replace("=", " ").split()
     words = words[1:] if words[:1] == ["parameter"] else words
     if not words:
-        list_parameters(chat)
+        rows = [(Text(n, "bold"), shown_value(chat, n), Text(PARAMETERS[n][3], "dim")) for n in PARAMETERS]
+        print_table(chat.console, rows)
         return
-    name = words[0]
+    name, *values = words
     if name not in PARAMETERS:
         there = finetune.nearest(name, PARAMETERS) or f"; there are: {', '.join(PARAMETERS)}"
         raise BadInput(f"no parameter {name}{there}")
-    if len(words) > 2:
+    if len(values) > 1:
         raise BadInput(f"{name} takes one value: /set parameter {name} VALUE")
-    if len(words) == 2:
-        value = parse_parameter(name, words[1], name)
-        chat.conversation.parameters = dataclasses.replace(chat.parameters, **{name: value})
+    for value in values:
+        changed = {name: parse_parameter(name, value, name)}
+        chat.conversation.parameters = dataclasses.replace(chat.parameters, **changed)
+    chat.note(f"{name} = {shown_value(chat, name)}")
+
+
+def shown_value(chat: Chat, name: str) -> str:
     value = getattr(chat.parameters, name)
-    chat.note(f"{name} = {'random' if value is None else value}")
-
-
-def list_parameters(chat: Chat) -> None:
-    values = dataclasses.asdict(chat.parameters)
-    shown = {name: "random" if value is None else f"{value:g}" for name, value in values.items()}
-    print_table(chat.console, [(Text(n, "bold"), shown[n], Text(PARAMETERS[n][3], "dim")) for n in values])
+    return "random" if value is None else str(value)
 
 
 def cmd_show(chat: Chat, rest: str) -> None:
     """: models, parameters and system prompt"""
-    list_models(chat)
-    list_parameters(chat)
-    chat.note(f"System prompt: {chat.conversation.system or 'none'}")
+    cmd_adapter(chat, "")
+    cmd_set(chat, "")
+    cmd_system(chat, "")
     if chat.conversation.system and not finetune.takes_system(chat.engine.models[chat.model_name].tokenizer):
         chat.note("This model's template has no system turn: the prompt goes into the first question")
-
-
-def list_models(chat: Chat) -> None:
-    rows = []
-    for name, model in chat.engine.models.items():
-        what = model.adapter.summary if model.adapter else f"{chat.source.id}, without adapter"
-        what = NO_EFFECT if model.no_effect else what
-        rows.append(("*" if name == chat.model_name else " ", Text(clean(name), "bold"), Text(what, "dim")))
-    for name in finetune.adapters_on_disk():
-        if name not in chat.engine.models:
-            rows.append((" ", Text(clean(name)), Text(f"on disk; /adapter {clean(name)} loads it", "dim")))
-    print_table(chat.console, rows)
 
 
 def cmd_adapter(chat: Chat, rest: str) -> None:
@@ -609,6 +575,17 @@ def cmd_adapter(chat: Chat, rest: str) -> None:
     chat.warn_of_no_effect(chat.model_name)
 
 
+def list_models(chat: Chat) -> None:
+    rows = []
+    for name, model in chat.engine.models.items():
+        what = model.adapter.summary if model.adapter else f"{chat.source.id}, without adapter"
+        what = NO_EFFECT if model.no_effect else what
+        rows.append(("*" if name == chat.model_name else " ", Text(clean(name), "bold"), Text(what, "dim")))
+    others = (clean(name) for name in finetune.adapters_on_disk() if name not in chat.engine.models)
+    rows += [(" ", Text(name), Text(f"on disk; /adapter {name} loads it", "dim")) for name in others]
+    print_table(chat.console, rows)
+
+
 def open_adapter(chat: Chat, name: str) -> str:
     """Load an adapter from the disk, unless it is loaded already; returns its name here."""
     hint = finetune.nearest(name, chat.known_models())
@@ -619,8 +596,7 @@ def open_adapter(chat: Chat, name: str) -> str:
         if model.adapter and model.adapter.path == adapter.path:
             return model.name
     check_base(adapter, chat.source)
-    spinner = Spinner("dots", f"Loading {clean(adapter.name)}")
-    with Live(spinner, console=chat.console, transient=True, redirect_stdout=False, redirect_stderr=False):
+    with finetune.working(f"Loading {clean(adapter.name)}"):
         return chat.engine.load_adapter(adapter).name
 
 
@@ -629,8 +605,7 @@ def cmd_regen(chat: Chat, rest: str) -> None:
     turn, name = chat.last_turn(), rest or chat.model_name
     if name not in chat.engine.models:
         raise BadInput(f"no model {name} is loaded{finetune.nearest(name, chat.engine.models)}")
-    before = len(chat.conversation.turns) - 1
-    answer = chat.stream_answer(chat.fit_messages(turn.question, [name], before), name)
+    answer = chat.answer(turn.question, name, len(chat.conversation.turns) - 1)
     if answer.text:
         turn.replies.append(answer)
         turn.chosen = len(turn.replies) - 1
@@ -667,27 +642,28 @@ def cmd_score(chat: Chat, rest: str) -> None:
 
 def file_named(rest: str, command: str) -> Path:
     if not rest:
-        raise BadInput(f"{command} {command_help(command)[0]}: which file?")
-    with contextlib.suppress(RuntimeError):  # ~ of a user who is not known, or where there is no home
-        return Path(rest.strip("\"'")).expanduser()
-    return Path(rest)
+        raise BadInput(f"{command} {HELP[command][0]}: which file?")
+    return finetune.expand(Path(rest.strip("\"'")))
 
 
-def write_file(chat: Chat, path: Path, text: str) -> bool:
+def write_file(chat: Chat, path: Path, text: str, done: str) -> None:
     """Not over another file, unless the person says so."""
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; name a file in it")
-    if path.exists() and chat.ask(f"{path} is there already. Overwrite it? [y/N]").lower() not in ("y", "yes"):
-        return False
-    write_whole(path, text)
-    return True
+    if not path.exists() or chat.ask(f"{path} is there already. Overwrite it? [y/N]").lower() in ("y", "yes"):
+        write_whole(path, text)
+        chat.note(f"{done} {path}")
 
 
 def cmd_save(chat: Chat, rest: str) -> None:
     """FILE: save the conversation and the parameters as JSON"""
-    path = file_named(rest, "/save")
-    if write_file(chat, path, finetune.json_text(chat.conversation.as_json(), indent=1) + "\n"):
-        chat.note(f"Saved {len(chat.conversation.turns)} turns to {path}")
+    text = finetune.json_text(chat.conversation.as_json(), indent=1) + "\n"
+    write_file(chat, file_named(rest, "/save"), text, f"Saved {len(chat.conversation.turns)} turns to")
+
+
+def cmd_export(chat: Chat, rest: str) -> None:
+    """FILE.md: write the conversation as Markdown"""
+    write_file(chat, file_named(rest, "/export"), chat.conversation.as_markdown(), "Wrote")
 
 
 def cmd_load(chat: Chat, rest: str) -> None:
@@ -701,22 +677,16 @@ def cmd_load(chat: Chat, rest: str) -> None:
 def show_last_turn(chat: Chat) -> None:
     for turn in chat.conversation.turns[-1:]:
         chat.note(f">>> {turn.question}")
-        writer = AnswerWriter(chat.console)
-        writer.feed(turn.reply.text)
-        writer.close()
-
-
-def cmd_export(chat: Chat, rest: str) -> None:
-    """FILE.md: write the conversation as Markdown"""
-    path = file_named(rest, "/export")
-    if write_file(chat, path, chat.conversation.as_markdown()):
-        chat.note(f"Wrote {path}")
+        write_answer(chat.console, [Piece(turn.reply.text, turn.reply)])
 
 
 def cmd_read(chat: Chat, rest: str) -> None:
     """FILE: put a text file before your next question"""
     path = file_named(rest, "/read")
-    text = read_text(path).strip()
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
     if not text:
         raise BadInput(f"{path}: is empty")
     chat.files.append(text)
@@ -747,7 +717,9 @@ def cmd_copy(chat: Chat, rest: str) -> None:
 
 def cmd_compare(chat: Chat, rest: str) -> None:
     """[QUESTION]: base and every adapter answer at once; without question: the last one again"""
-    question, upto = question_to_compare(chat, rest)
+    question, upto = chat.with_files(rest), None
+    if not rest:
+        question, upto = chat.last_turn().question, len(chat.conversation.turns) - 1
     answers = answer_with_all(chat, question, upto, hidden=False)
     if not answers:
         return
@@ -763,13 +735,6 @@ def cmd_compare(chat: Chat, rest: str) -> None:
         go_on_with(chat, question, answers, picked, upto)
     else:
         chat.typed = picked  # the next question, most likely
-
-
-def question_to_compare(chat: Chat, question: str) -> tuple[str, int | None]:
-    """The question, and the turn it belongs to if it was asked before."""
-    if question:
-        return "\n\n".join([*chat.files, question]), None
-    return chat.last_turn().question, len(chat.conversation.turns) - 1
 
 
 def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: bool) -> dict[str, Answer]:
@@ -866,7 +831,7 @@ def go_on_with(chat: Chat, question: str, answers: dict[str, Answer], name: str,
 
 def cmd_vote(chat: Chat, rest: str) -> None:
     """[QUESTION]: blind A/B: names hidden, order shuffled; the tally is kept"""
-    if rest and not answer_with_all(chat, question_to_compare(chat, rest)[0], None, hidden=True):
+    if rest and not answer_with_all(chat, chat.with_files(rest), None, hidden=True):
         return
     if not chat.compared:
         raise BadInput("nothing was compared yet: /compare QUESTION, or /vote QUESTION")
@@ -897,12 +862,8 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
         *(cmd_keep, cmd_copy, cmd_save, cmd_load, cmd_export, cmd_read, cmd_stats, cmd_help, cmd_bye),
     )
 }
+HELP = {name: command.__doc__.split(": ", 1) for name, command in COMMANDS.items()}  # name -> arguments, meaning
 ALIASES = {"/?": "/help", "/exit": "/bye", "/quit": "/bye"}
-
-
-def command_help(name: str) -> tuple[str, str]:
-    """(arguments, meaning) of a command."""
-    return tuple(COMMANDS[name].__doc__.split(": ", 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1061,13 +1022,6 @@ def first_conversation(options: Options) -> Conversation:
     return conversation
 
 
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
-
-
 def write_whole(path: Path, text: str) -> None:
     """Written beside and renamed, so that a full disk leaves the old file as it was. Raises BadInput."""
     temporary = None
@@ -1158,15 +1112,14 @@ def read_adapter(path: Path) -> Adapter:
 
 def sound_adapters() -> list[Adapter]:
     """Those on the disk, newest first. What is broken is named and left out."""
-    from safetensors import SafetensorError, safe_open
-
     adapters = []
     for name in finetune.adapters_on_disk():
         try:
             adapter = read_adapter(finetune.find_adapter(name, "adapter"))
-            with safe_open(adapter.path / "adapter_model.safetensors", "np"):  # reads its header, sees if it is whole
+            # Reads the header, and sees if the file is whole.
+            with safetensors.safe_open(adapter.path / "adapter_model.safetensors", "np"):
                 adapters.append(adapter)
-        except (BadInput, SafetensorError, OSError) as error:
+        except (BadInput, safetensors.SafetensorError, OSError) as error:
             problem = str(error) if isinstance(error, BadInput) else f"adapter {name}: is damaged: {brief(error)}"
             finetune.console.print(Text(f"chat.py: left out: {clean(problem)}"), soft_wrap=True)
     return adapters
@@ -1200,12 +1153,10 @@ def check_base(adapter: Adapter, source: Source) -> None:
 
 def nearest_question(adapter: Adapter, question: str) -> tuple[finetune.Row, float, str] | None:
     """(row, likeness in percent, "trained on, ", "held out, " or "") from the data that run.json names, if at hand."""
-    from rapidfuzz import fuzz
-
     data, config = adapter.part("data"), adapter.part("config")
     rows = [row for file in data.get("files") or [] for row in rows_of_file(file, config)]
     wanted = finetune.normalize(question)
-    scored = [(fuzz.token_sort_ratio(wanted, finetune.normalize(row.question)), row) for row in rows]
+    scored = [(rapidfuzz.fuzz.token_sort_ratio(wanted, finetune.normalize(row.question)), row) for row in rows]
     score, row = max(scored, key=lambda pair: pair[0], default=(0, None))
     if row is None or score < NEAR:
         return None
@@ -1266,75 +1217,73 @@ class AnswerWriter:
     def __init__(self, console: Console):
         self.console, self.file, self.repaints = console, console.file, can_repaint(console)
         self.block: list[str] = []  # the finished lines of the block that is open
-        self.rows, self.width = 0, console.width  # rows of the block above the cursor's
-        self.line, self.shown = "", None  # the line that is coming, and what of it is on the screen, broken into rows
+        self.line = ""  # the line that is coming
+        self.above = self.shown = ""  # the block's finished lines, and all of it, as broken into rows on the screen
+        self.width = console.width
         self.blank = True  # nothing, or an empty line, stands above the block
 
     def feed(self, text: str) -> None:
-        text = clean(text)
-        if self.repaints:
-            first, *others = text.split("\n")
-            self.extend_line(first)
-            for part in others:
+        if not self.repaints:
+            self.file.write(clean(text))
+        for part in re.findall(r"\n|[^\n]+", clean(text)) if self.repaints else ():
+            if part == "\n":
                 self.end_line()
-                self.extend_line(part)
-        else:
-            self.file.write(text)
+                continue
+            self.line += part
+            word = re.search(r"\S*$", self.line)[0]  # not written before it is whole, so that no margin breaks it
+            whole = self.line if may_break(word, self.width) else self.line.removesuffix(word)
+            if whole.strip():
+                self.show(whole)
         self.file.flush()
 
     def close(self) -> None:
         if not self.repaints:
             self.file.write("\n")
-        elif self.line.strip():
+        if self.line.strip():
             self.end_line()
-        if self.repaints:
-            self.finish_block()
+        self.finish_block()
         self.file.flush()
 
-    def extend_line(self, part: str) -> None:
-        """Only whole words go to the screen, so that none is broken at the margin."""
-        self.line += part
-        word = re.search(r"\S*$", self.line)[0]
-        whole = self.line if may_break(word, self.width) else self.line[: len(self.line) - len(word)]
-        if whole:
-            self.show(whole)
-
-    def show(self, text: str) -> None:
-        if self.shown is None:
-            if self.block and opens_block(self.block, self.line):
-                self.finish_block()
-            if self.block:
-                self.file.write("\n")
-                self.rows += 1
-            self.shown = ""
-        broken = break_rows(text, self.width)
-        self.file.write(broken[len(self.shown) :])
-        self.rows += broken.count("\n") - self.shown.count("\n")
-        self.shown = broken
+    def show(self, line: str) -> None:
+        """Write what is new of the line that is coming; before its first word, see whether it opens another block."""
+        if self.block and self.shown == self.above and opens_block(self.block, self.line):
+            self.finish_block()
+        rows = self.above + "\n" * bool(self.block) + break_rows(line, self.width)
+        self.file.write(rows[len(self.shown) :])
+        self.shown = rows
 
     def end_line(self) -> None:
         if self.line.strip() or inside_fence(self.block):
             self.show(self.line)
             self.block.append(self.line)
+            self.above = self.shown
         else:
             self.finish_block()
-            if not self.blank:
-                self.file.write("\n")
-                self.blank = True
-        self.line, self.shown = "", None
+            self.file.write("" if self.blank else "\n")
+            self.blank = True
+        self.line = ""
 
     def finish_block(self) -> None:
         if not self.block:
             return
-        source = "\n".join(self.block)
-        whole = self.rows < self.console.height - 1 and self.width == self.console.width
-        if whole and self.MARKUP.search(source) and not (self.rows and self.UNSURE.search(source)):
+        source, rows = "\n".join(self.block), self.shown.count("\n")
+        whole = rows < self.console.height - 1 and self.width == self.console.width
+        if whole and self.MARKUP.search(source) and not (rows and self.UNSURE.search(source)):
             markdown = AnswerMarkdown(textwrap.dedent(source), "ansi_dark", hyperlinks=False)
-            to_its_first_row = f"\x1b[{self.rows}A" if self.rows else ""
+            to_its_first_row = f"\x1b[{rows}A" if rows else ""
             self.file.write(f"{to_its_first_row}\r\x1b[J{render(self.console, markdown)}")
         self.file.write("\n")
-        self.block, self.blank = [], False
-        self.rows, self.width = 0, self.console.width
+        self.block, self.above, self.shown = [], "", ""
+        self.blank, self.width = False, self.console.width
+
+
+def write_answer(console: Console, pieces: Iterable[Piece]) -> Answer:
+    """Write an answer as it comes; returns it."""
+    writer = AnswerWriter(console)
+    for piece in pieces:
+        writer.feed(piece.text)
+    writer.close()
+    return piece.answer
 
 
 def may_break(word: str, width: int) -> bool:
@@ -1487,34 +1436,28 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def make_session(chat: Chat) -> PromptSession:
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.auto_suggest import AutoSuggestFromHistory
-    from prompt_toolkit.filters import Condition
-    from prompt_toolkit.styles import Style
-
     repaints = can_repaint(chat.console)
-    session: PromptSession = PromptSession(
+    session: PromptSession = prompt_toolkit.PromptSession(
         multiline=True,
         prompt_continuation=lambda width, number, wrapped: "" if wrapped else "... ",
         key_bindings=make_keys(chat),
         history=make_history(chat),
-        auto_suggest=AutoSuggestFromHistory(),
+        auto_suggest=prompt_toolkit.auto_suggest.AutoSuggestFromHistory(),
         completer=make_completer(chat),
-        complete_while_typing=Condition(lambda: session.default_buffer.text.startswith("/")),
+        complete_while_typing=prompt_toolkit.filters.Condition(lambda: session.default_buffer.text.startswith("/")),
         reserve_space_for_menu=6 if repaints else 0,
         output=prompt_output(chat.console.file),
         bottom_toolbar=chat.toolbar if repaints else None,
         refresh_interval=0.5,
-        style=Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
+        style=prompt_toolkit.styles.Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
     )
     return session
 
 
 def make_history(chat: Chat) -> Any:
     """In a file, and in memory alone where that cannot be written."""
-    from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    class PrivateHistory(FileHistory):
+    class PrivateHistory(prompt_toolkit.history.FileHistory):
         def store_string(self, string: str) -> None:
             try:
                 Path(self.filename).stat()  # if someone has deleted it, no new one that others may read
@@ -1526,13 +1469,11 @@ def make_history(chat: Chat) -> Any:
         return PrivateHistory(str(state_file("chat_history")))
     except OSError as error:
         chat.trouble = brief(error)
-        return InMemoryHistory()
+        return prompt_toolkit.history.InMemoryHistory()
 
 
 def make_keys(chat: Chat) -> Any:
-    from prompt_toolkit.key_binding import KeyBindings
-
-    keys = KeyBindings()
+    keys = prompt_toolkit.key_binding.KeyBindings()
 
     @keys.add("enter")
     def _(event: Any) -> None:
@@ -1570,35 +1511,30 @@ def make_keys(chat: Chat) -> Any:
 
 def prompt_output(file: TextIO) -> Any:
     """Where prompt_toolkit draws; without escape sequences on a dumb terminal."""
-    from prompt_toolkit.output import create_output
-    from prompt_toolkit.output.plain_text import PlainTextOutput
-    from prompt_toolkit.utils import is_dumb_terminal
-
-    return PlainTextOutput(file) if is_dumb_terminal() else create_output(file)
+    output = prompt_toolkit.output
+    dumb = prompt_toolkit.utils.is_dumb_terminal()
+    return output.plain_text.PlainTextOutput(file) if dumb else output.create_output(file)
 
 
 def make_completer(chat: Chat) -> Any:
-    from prompt_toolkit.completion import Completer, Completion, PathCompleter
-    from prompt_toolkit.document import Document
+    paths = prompt_toolkit.completion.PathCompleter(expanduser=True)
 
-    class CommandCompleter(Completer):
-        paths = PathCompleter(expanduser=True)
-
-        def get_completions(self, document: Document, event: Any) -> Iterator[Completion]:
+    class CommandCompleter(prompt_toolkit.completion.Completer):
+        def get_completions(self, document: Any, event: Any) -> Iterator[Any]:
             text = document.text_before_cursor
-            command, _, typed = text.partition(" ")
-            arguments = command_help(command)[0] if command in COMMANDS else ""
-            if "FILE" in arguments and command != text:
-                yield from self.paths.get_completions(Document(typed), event)
-            lines = {name: command_help(name)[1] for name in COMMANDS}
+            command, space, typed = text.partition(" ")
+            arguments = HELP[command][0] if command in HELP else ""
+            if space and "FILE" in arguments:
+                yield from paths.get_completions(prompt_toolkit.document.Document(typed), event)
+            lines = {name: meaning for name, (_, meaning) in HELP.items()}
             if command == "/set":
                 lines = {f"/set parameter {name}": meaning for name, (*_, meaning) in PARAMETERS.items()}
             elif "NAME" in arguments:
                 lines = {f"{command} {name}": "" for name in chat.known_models()}
             for line, meaning in lines.items():
                 if line.startswith(text):
-                    start = 0 if command == text else line.rindex(" ") + 1
-                    yield Completion(line[start:], start - len(text), display_meta=meaning)
+                    start = line.rindex(" ") + 1 if space else 0
+                    yield prompt_toolkit.completion.Completion(line[start:], start - len(text), display_meta=meaning)
 
     return CommandCompleter()
 
@@ -1608,24 +1544,17 @@ def make_completer(chat: Chat) -> Any:
 # One 4-bit base in memory, adapters switched in place. Must not touch the screen.
 
 
-def import_torch() -> None:
-    """It takes seconds, so the thread that loads the model imports it, and not this file."""
-    global torch
-    finetune.guard_torchvision()
-    import torch
-
-
 class Engine:
     """The base and its adapters by name, and answers from them.
 
-    engine = Engine(finetune.find_model(None, gpu=False))
-    engine.load_adapter(read_adapter(Path("adapters/faq_sample-smollm2")))
+    adapter = read_adapter(Path("adapters/faq_sample-smollm2"))
+    engine = Engine(finetune.find_model(None, gpu=False), adapters=[adapter])
     for piece in engine.stream([{"role": "user", "content": "Hello"}], "base", Parameters()):
         print(piece.text, end="")
     """
 
-    def __init__(self, source: Source, num_ctx: int = 4096):
-        import_torch()
+    def __init__(self, source: Source, num_ctx: int = 4096, adapters: Iterable[Adapter] = ()):
+        finetune.guard_torchvision()
         finetune.fetch_weights(source)
         self.source = source
         self.network: Any = finetune.load_4bit(source, finetune.compute_dtype())
@@ -1635,6 +1564,8 @@ class Engine:
         self.active: tuple[str | None, float] = (None, 1.0)  # the adapter that PEFT has switched on, and its strength
         self.models: dict[str, ChatModel] = {}
         self.add_model(ChatModel(self, BASE, None, finetune.load_tokenizer(source.folder, source.id)))
+        for adapter in adapters:
+            self.load_adapter(adapter)
 
     def add_model(self, model: ChatModel) -> ChatModel:
         """Run one forward, so that the first question finds everything warm, and see if the adapter does anything."""
@@ -1650,9 +1581,6 @@ class Engine:
 
     def load_adapter(self, adapter: Adapter) -> ChatModel:
         """Put an adapter beside those that are there. Raises BadInput, and then everything is as before."""
-        from peft import LoraConfig, PeftModel
-        from safetensors import SafetensorError
-
         key = f"lora{len(self.models) - 1}"  # a folder's name may hold a dot, which PEFT cannot take
         tokenizer = self.models[BASE].tokenizer
         try:
@@ -1661,13 +1589,13 @@ class Engine:
             if len(tokenizer) > self.network.get_input_embeddings().weight.shape[0]:
                 raise ValueError("its tokenizer has more tokens than the model")
             if len(self.models) == 1:
-                lora = LoraConfig.from_pretrained(str(adapter.path))
+                lora = peft.LoraConfig.from_pretrained(str(adapter.path))
                 lora.inference_mode = True
-                self.network = PeftModel(self.network, lora, key)
+                self.network = peft.PeftModel(self.network, lora, key)
             loaded = self.network.load_adapter(str(adapter.path), key)
             if loaded.missing_keys:
                 raise ValueError(f"{len(loaded.missing_keys)} of its tensors are missing")
-        except (ValueError, KeyError, TypeError, RuntimeError, OSError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, RuntimeError, OSError, safetensors.SafetensorError) as error:
             self.unload(key)
             what = f"does not fit {self.source.id} or is damaged: {brief(error)}"
             raise BadInput(f"adapter {adapter.path}: {what}") from None
@@ -1852,7 +1780,13 @@ class ChatModel:
                 run = self.fast.prefill if isinstance(tokens, list) else self.fast.step
                 logits = run(tokens, position, self.static_cache(end), self.key)
             else:
-                logits = self.plain_forward(torch.as_tensor(tokens, device=self.engine.network.device))
+                network = self.engine.network
+                self.engine.activate(self.key, self.strength)
+                if self.cache is None:
+                    self.cache = transformers.DynamicCache(config=network.config)
+                ids = torch.as_tensor(tokens, device=network.device)[None]
+                out = network(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+                logits = out.logits[0, -1].float()
         self.length = end
         return logits
 
@@ -1866,16 +1800,6 @@ class ChatModel:
         if self.key:
             self.fast.set_strength(self.key, self.strength)
         return self.cache
-
-    def plain_forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        from transformers import DynamicCache
-
-        network = self.engine.network
-        if self.cache is None:
-            self.cache = DynamicCache(config=network.config)
-        self.engine.activate(self.key, self.strength)
-        out = network(input_ids=tokens[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return out.logits[0, -1].float()
 
     def capture_ahead(self) -> None:
         """Record the CUDA graph of the next question's prefill; reads nothing. 0.3 s, once for each cache size."""
@@ -1994,8 +1918,6 @@ class FastDecoder:
     )
 
     def __init__(self, network: Any):
-        import psutil
-
         config, inner = network.config, network.model
         self.layers, self.rotate, self.norm = inner.layers, inner.rotary_emb, inner.norm
         self.embeddings, self.head = inner.embed_tokens, network.lm_head
@@ -2005,7 +1927,7 @@ class FastDecoder:
         # Where a CPU has AVX512-BF16, bitsandbytes multiplies in bf16: half as fast again, but it rounds, so an answer
         # with its cache reused would differ from one without. So the weights become fp32, if memory allows.
         layers = self.projections(self.layers)
-        weights = sum(part.in_features * part.out_features for groups in layers for parts in groups for part in parts)
+        weights = sum(part.in_features * part.out_features for part in flat(layers))
         dense = 4 * weights < psutil.virtual_memory().available / 2
         self.fused = [[fuse(parts, dense) for parts in groups] for groups in layers]
         self.loras: dict[str, list] = {}  # adapter -> layer -> group -> (A, B, B at strength 1), or None
@@ -2017,8 +1939,6 @@ class FastDecoder:
     @classmethod
     def fits(cls, network: Any) -> bool:
         """Whether the network is of the kind that forward() computes."""
-        from bitsandbytes.nn import Linear4bit
-
         config = network.config
         kind = config.model_type in ("llama", "mistral", "qwen2") and config.hidden_act == "silu"
         rope = (config.rope_parameters or {}).get("rope_type", "default") in ("default", "linear", "llama3")
@@ -2026,13 +1946,11 @@ class FastDecoder:
         if not kind or not rope or slides or (config.model_type == "mistral" and config.sliding_window):
             return False
         return all(
-            isinstance(part, Linear4bit)
+            isinstance(part, bnb_nn.Linear4bit)
             and part.weight.element_size() == 1
             and part.in_features % part.weight.quant_state.blocksize == 0
             and part.out_features % 32 == 0
-            for groups in cls.projections(network.model.layers)
-            for parts in groups
-            for part in parts
+            for part in flat(cls.projections(network.model.layers))
         )
 
     @classmethod
@@ -2042,11 +1960,10 @@ class FastDecoder:
 
     def load_lora(self, key: str, network: Any) -> None:
         """Take over PEFT's adapter, unless it has more than plain LoRA on the fused layers."""
-        from peft.tuners.lora import LoraLayer
-
         layers, config = self.projections(self.layers), network.peft_config[key]
-        fused = {id(part) for groups in layers for parts in groups for part in parts}
-        adapted = {id(module) for module in network.modules() if isinstance(module, LoraLayer) and key in module.r}
+        fused = {id(part) for part in flat(layers)}
+        loras = (module for module in network.modules() if isinstance(module, lora_layers.LoraLayer))
+        adapted = {id(module) for module in loras if key in module.r}
         more = config.use_dora or config.lora_bias or config.modules_to_save or config.trainable_token_indices
         if adapted and adapted <= fused and not more:
             self.loras[key] = [[self.stack_lora(key, parts) for parts in groups] for groups in layers]
@@ -2083,8 +2000,6 @@ class FastDecoder:
 
         With `last`, the logits after that one of the tokens: those behind it are padding, which it does not attend to.
         """
-        from torch.nn.functional import embedding, rms_norm, silu
-
         count, group, kv = len(tokens), self.heads // self.kv_heads, self.kv_heads
         end = cache.size if self.graphs else int(position) + count  # a graph cannot have a length that grows
         positions = position + torch.arange(count, device=self.device)
@@ -2092,11 +2007,11 @@ class FastDecoder:
         seen = torch.arange(end, device=self.device) <= positions[:, None]
         mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
         mask = mask.repeat(group, 1)
-        hidden = embedding(tokens, self.embeddings.weight)
+        hidden = functional.embedding(tokens, self.embeddings.weight)
         loras = self.loras[key] if key else [(None,) * len(self.GROUPS)] * len(self.layers)
 
         def norm(x: torch.Tensor, module: Any) -> torch.Tensor:
-            return rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
+            return functional.rms_norm(x, x.shape[-1:], module.weight, module.variance_epsilon)
 
         def project(x: torch.Tensor, layer: Callable, lora: tuple | None) -> torch.Tensor:
             return layer(x) if lora is None else layer(x).addmm_(x @ lora[0], lora[1])
@@ -2114,7 +2029,7 @@ class FastDecoder:
             x = x.view(kv, group, count, -1).permute(2, 0, 1, 3).reshape(count, -1)
             hidden = hidden + project(x, fused[1], lora[1])
             gate, up = project(norm(hidden, layer.post_attention_layernorm), fused[2], lora[2]).chunk(2, dim=-1)
-            hidden = hidden + project(silu(gate) * up, fused[3], lora[3])
+            hidden = hidden + project(functional.silu(gate) * up, fused[3], lora[3])
         hidden = hidden[-1:] if last is None else hidden.index_select(0, last)
         return self.head(norm(hidden, self.norm))[0].float()
 
@@ -2182,16 +2097,19 @@ class StaticKV:
         self.logits = torch.zeros(decoder.head.weight.shape[0], device=decoder.device)
 
 
+def flat(layers: list[list[list[Any]]]) -> list[Any]:
+    """The projections of all groups of all layers, in one list."""
+    return list(itertools.chain.from_iterable(itertools.chain.from_iterable(layers)))
+
+
 def fuse(parts: list[Any], dense: bool) -> Any:
     """4-bit layers with the same input -> one layer with all their rows, so that one kernel does the work of three.
 
     On a GPU the parts become views of it, so the weights are in memory once. On a CPU, `dense` dequantizes them once.
     """
-    from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise, has_avx512bf16
-    from bitsandbytes.nn import Linear4bit, Params4bit
 
     def scales(state: Any) -> torch.Tensor:
-        return dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
+        return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
 
     first, width = parts[0], parts[0].in_features
     state = first.weight.quant_state
@@ -2200,12 +2118,12 @@ def fuse(parts: list[Any], dense: bool) -> Any:
     absmax = torch.cat([scales(part.weight.quant_state).float().view(part.out_features, -1) for part in parts])
     bias = torch.cat([part.bias for part in parts]) if first.bias is not None else None
 
-    def layer(weight: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None) -> Linear4bit:
+    def layer(weight: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None) -> Any:
         size = torch.Size((len(weight), width))
         kind = {"code": state.code, "blocksize": state.blocksize, "quant_type": state.quant_type, "dtype": state.dtype}
-        one = Linear4bit(width, len(weight), bias=False, compute_dtype=first.compute_dtype, device="meta")
-        data, shape = weight.reshape(-1, 1), QuantState(absmax.reshape(-1), size, **kind)
-        one.weight = Params4bit(data, quant_state=shape, blocksize=state.blocksize, quant_type=state.quant_type)
+        one = bnb_nn.Linear4bit(width, len(weight), bias=False, compute_dtype=first.compute_dtype, device="meta")
+        data, shape = weight.reshape(-1, 1), bnb.QuantState(absmax.reshape(-1), size, **kind)
+        one.weight = bnb_nn.Params4bit(data, quant_state=shape, blocksize=state.blocksize, quant_type=state.quant_type)
         one.weight.bnb_quantized, one.bias = True, bias
         return one.eval()
 
@@ -2213,9 +2131,9 @@ def fuse(parts: list[Any], dense: bool) -> Any:
     if weight.device.type == "cuda":
         for part, own, scale in zip(parts, weight.split(rows), absmax.split(rows), strict=True):
             part.weight = layer(own, scale, None).weight
-    elif dense or not has_avx512bf16():  # bitsandbytes would dequantize at every token
-        numbers = dequantize_4bit(whole.weight, whole.weight.quant_state)
-        return lambda x: torch.nn.functional.linear(x, numbers, bias)
+    elif dense or not bnb.has_avx512bf16():  # bitsandbytes would dequantize at every token
+        numbers = bnb.dequantize_4bit(whole.weight, whole.weight.quant_state)
+        return lambda x: functional.linear(x, numbers, bias)
     return whole
 
 
@@ -2225,7 +2143,7 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: 
     PyTorch's own goes through the keys one after the other: 150 us instead of 18 at 4096 keys, in each layer.
     """
     if not query.is_cuda or query.shape[1] > 16:
-        scaled = torch.nn.functional.scaled_dot_product_attention
+        scaled = functional.scaled_dot_product_attention
         return scaled(query[None], keys[None], values[None], attn_mask=mask)[0]
     whole = {"out_dtype": torch.float32} if query.dtype != torch.float32 else {}
     scores = torch.bmm(query, keys.transpose(1, 2), **whole)
