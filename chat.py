@@ -40,7 +40,7 @@ import rapidfuzz.fuzz
 import tyro
 from annotated_types import Ge, Le
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.markdown import Markdown, MarkdownIt
 from rich.table import Table
 from rich.text import Text
@@ -75,10 +75,7 @@ KEPT = Path("data/kept.jsonl")  # where /keep collects rows
 
 @dataclasses.dataclass(frozen=True)
 class Parameters:
-    """How an answer is sampled: flags, and `/set parameter` in the chat. The names are ollama's.
-
-    Each is Annotated with its lowest value, its highest, and its help, in this order.
-    """
+    """How an answer is sampled, with ollama's names. Each has its lowest value, its highest, and its help."""
 
     temperature: Annotated[float, Ge(0), Le(2), Doc("0 always takes the most likely token")] = 0.8
     top_p: Annotated[float, Ge(0), Le(1), Doc("sample among the most likely tokens that make up this share")] = 0.9
@@ -290,7 +287,6 @@ class Chat:
         self.last: Answer | None = None
         self.compared: tuple[str, dict[str, Answer]] | None = None  # question and answers of the last /compare
         self.typed = ""  # what the next prompt begins with
-        self.leaving = False
         self.saved = self.trouble = ""  # the conversation as it is on disk; why state files cannot be written
         self.session = make_session(self)
 
@@ -309,12 +305,10 @@ class Chat:
     def parameters(self) -> Parameters:
         return self.conversation.parameters
 
-    def model_names(self) -> list[str]:
-        return list(self.loading.result().models) if self.loading.done() else self.first_names
-
     def known_models(self) -> list[str]:
         """Those that are loaded, then those on disk."""
-        return list(dict.fromkeys([*self.model_names(), *finetune.adapters_on_disk()]))
+        loaded = self.loading.result().models if self.loading.done() else self.first_names
+        return list(dict.fromkeys([*loaded, *finetune.adapters_on_disk()]))
 
     def note(self, text: str, style: str = "dim") -> None:
         self.console.print(Text(clean(text)), style=style)
@@ -330,7 +324,7 @@ class Chat:
 
     def run(self) -> None:
         self.greet()
-        while not self.leaving:
+        while True:
             if error := self.failure():
                 raise error
             typed, self.typed, line = self.typed, "", ""
@@ -338,7 +332,7 @@ class Chat:
                 line = readable(self.session.prompt(">>> ", default=typed))
                 if self.session.refresh_interval and self.loading.done() and not self.failure():
                     self.session.refresh_interval = 0  # the toolbar no longer waits for the model
-                    for name in self.model_names():
+                    for name in self.engine.models:
                         self.warn_of_no_effect(name)
                 self.obey(line)
             except KeyboardInterrupt:
@@ -429,7 +423,7 @@ class Chat:
     def answer(self, question: str, name: str, upto: int | None = None) -> Answer:
         """Write an answer to the screen as it comes, and say so if it did not come to its end."""
         messages = self.fit_messages(question, [name], upto)
-        if len(self.model_names()) > 1:
+        if len(self.engine.models) > 1:
             self.note(name)
         with interruptible() as stop:
             answer = write_answer(self.console, self.engine.stream(messages, name, self.parameters, stop))
@@ -500,7 +494,7 @@ def cmd_help(chat: Chat, rest: str) -> None:
 
 def cmd_bye(chat: Chat, rest: str) -> None:
     """: leave; /exit, /quit and Ctrl-D too"""
-    chat.leaving = True
+    raise EOFError  # as Ctrl-D does
 
 
 def cmd_clear(chat: Chat, rest: str) -> None:
@@ -944,14 +938,11 @@ class Conversation:
         return messages
 
     def fit(self, question: str, count: Callable, room: int, upto: int | None = None) -> tuple[list[dict], int]:
-        """The messages, and how many more of the oldest turns were left out to keep within `room` tokens.
-
-        Then down to three quarters of it, as every model has to read the rest anew. BadInput: too long even alone.
-        """
+        """The messages, and how many more of the oldest turns were left out to keep within `room` tokens."""
         turns = len(self.turns) if upto is None else upto
         before, messages = self.skipped, self.messages(question, upto)
         used = count(messages)
-        target = room if used <= room else room * 3 // 4
+        target = room if used <= room else room * 3 // 4  # as every model has to read the rest anew
         while used > target and self.skipped < turns:
             self.skipped += 1
             messages = self.messages(question, upto)
@@ -985,11 +976,10 @@ class Conversation:
                 for reply in replies:
                     reply.model, reply.text = readable(reply.model), readable(reply.text)
                 turns.append(Turn(readable(turn["question"]), replies, turn.get("chosen", 0)))
-                fine = turns[-1].chosen in range(len(replies))
+                if turns[-1].chosen not in range(len(replies)):
+                    raise KeyError("chosen")
             except (KeyError, TypeError, AttributeError):
-                fine = False
-            if not fine:
-                raise BadInput(f"{where}: turn {number} is not as /save writes it: {TURN_FORMAT}")
+                raise BadInput(f"{where}: turn {number} is not as /save writes it: {TURN_FORMAT}") from None
         given = loaded.get("parameters") if isinstance(loaded.get("parameters"), dict) else {}
         known = {name: parse_parameter(name, given[name], f"{where}: {name}") for name in PARAMETERS if name in given}
         parameters = dataclasses.replace(parameters or Parameters(), **known)
@@ -1168,12 +1158,10 @@ def nearest_question(adapter: Adapter, question: str) -> tuple[finetune.Row, flo
 
 def rows_of_file(file: Any, config: dict) -> list[finetune.Row]:
     """The rows of one data file of a run; none if the file is gone or no longer readable."""
-    if not isinstance(file, dict) or not isinstance(file.get("path"), str):
-        return []
-    for path in (Path(file["path"]).expanduser(), finetune.HERE / file["path"]):
-        if path.is_file():
-            with contextlib.suppress(BadInput):
-                return finetune.read_rows(path, config.get("question_field"), config.get("answer_field"))
+    with contextlib.suppress(BadInput, KeyError, TypeError):
+        paths = [Path(file["path"]).expanduser(), finetune.HERE / file["path"]]
+        for path in filter(Path.is_file, paths):
+            return finetune.read_rows(path, config.get("question_field"), config.get("answer_field"))
     return []
 
 
@@ -1182,14 +1170,13 @@ def rows_of_file(file: Any, config: dict) -> list[finetune.Row]:
 # Nothing that a model or a file wrote may reach it uncleaned.
 
 
-class LeftHeading(Markdown.elements["paragraph_open"]):  # type: ignore[misc]
-    """rich centres headings or puts boxes around them."""
-
-    style_name = "bold"
-
-
 class AnswerMarkdown(Markdown):
-    elements = Markdown.elements | {"heading_open": LeftHeading}
+    """With headings as bold paragraphs: rich centres them or puts boxes around them."""
+
+    class Heading(Markdown.elements["paragraph_open"]):  # type: ignore[misc]
+        style_name = "bold"
+
+    elements = Markdown.elements | {"heading_open": Heading}
 
 
 def make_console(file: TextIO) -> Console:
@@ -1207,74 +1194,67 @@ def can_repaint(console: Console) -> bool:
 class AnswerWriter:
     """Writes an answer as it comes, and once a block of Markdown is finished, its rendered form in its place.
 
-    Only while the block stands whole on the screen, at the width it was written for; else it stays as it was written.
-    So what has scrolled away is never touched. Lines are broken here, because the number of rows must be known.
+    Only where the block stands whole on the screen, at the width it was written for: what has scrolled away is never
+    touched. Lines are broken here, because the number of rows must be known.
     """
 
     MARKUP = re.compile(r"[*_`#|>~\[]|^\s*([-+]|\d{1,9}[.)])\s|^\s*[-=]{3,}\s*$|\\\S|&\w+;", re.MULTILINE)
     UNSURE = re.compile("[\u200d\ufe0f\U0001f000-\U0001faff]")  # terminals disagree on how wide these are
 
     def __init__(self, console: Console):
-        self.console, self.file, self.repaints = console, console.file, can_repaint(console)
-        self.block: list[str] = []  # the finished lines of the block that is open
+        self.console, self.file, self.width = console, console.file, console.width
+        self.block: list[str] = []  # the finished lines of the block that is open, the empty ones after it too
+        self.above = ""  # these lines as rows of the screen
         self.line = ""  # the line that is coming
-        self.above = self.shown = ""  # the block's finished lines, and all of it, as broken into rows on the screen
-        self.width = console.width
-        self.blank = True  # nothing, or an empty line, stands above the block
+        self.shown = ""  # what of both is on the screen
 
     def feed(self, text: str) -> None:
-        if not self.repaints:
+        if not can_repaint(self.console):
             self.file.write(clean(text))
-        for part in re.findall(r"\n|[^\n]+", clean(text)) if self.repaints else ():
+            text = ""
+        for part in re.findall(r"\n|[^\n]+", clean(text)):
             if part == "\n":
                 self.end_line()
                 continue
             self.line += part
-            word = re.search(r"\S*$", self.line)[0]  # not written before it is whole, so that no margin breaks it
+            word = re.search(r"\S*$", self.line)[0]  # it waits until it is whole, so that no margin breaks it
             whole = self.line if may_break(word, self.width) else self.line.removesuffix(word)
             if whole.strip():
                 self.show(whole)
         self.file.flush()
 
     def close(self) -> None:
-        if not self.repaints:
-            self.file.write("\n")
-        if self.line.strip():
-            self.end_line()
-        self.finish_block()
+        if self.line.strip() or not can_repaint(self.console):
+            self.feed("\n")
+        if self.block:
+            self.finish_block()
         self.file.flush()
 
+    def end_line(self) -> None:
+        if self.line.strip():
+            self.show(self.line)
+        if self.line.strip() or self.block:
+            self.block.append(self.line)
+            self.above += break_rows(self.line, self.width) + "\n"
+        self.line = ""
+
     def show(self, line: str) -> None:
-        """Write what is new of the line that is coming; before its first word, see whether it opens another block."""
-        if self.block and self.shown == self.above and opens_block(self.block, self.line):
+        """Write what is new of the line that is coming. With its first word it is known whether it opens a block."""
+        if self.block and self.above.startswith(self.shown) and opens_block(self.block, self.line):
             self.finish_block()
-        rows = self.above + "\n" * bool(self.block) + break_rows(line, self.width)
+        rows = self.above + break_rows(line, self.width)
         self.file.write(rows[len(self.shown) :])
         self.shown = rows
 
-    def end_line(self) -> None:
-        if self.line.strip() or inside_fence(self.block):
-            self.show(self.line)
-            self.block.append(self.line)
-            self.above = self.shown
-        else:
-            self.finish_block()
-            self.file.write("" if self.blank else "\n")
-            self.blank = True
-        self.line = ""
-
     def finish_block(self) -> None:
-        if not self.block:
-            return
-        source, rows = "\n".join(self.block), self.shown.count("\n")
+        source, rows = "\n".join(self.block).rstrip(), self.shown.count("\n")
         whole = rows < self.console.height - 1 and self.width == self.console.width
         if whole and self.MARKUP.search(source) and not (rows and self.UNSURE.search(source)):
             markdown = AnswerMarkdown(textwrap.dedent(source), "ansi_dark", hyperlinks=False)
             to_its_first_row = f"\x1b[{rows}A" if rows else ""
             self.file.write(f"{to_its_first_row}\r\x1b[J{render(self.console, markdown)}")
-        self.file.write("\n")
-        self.block, self.above, self.shown = [], "", ""
-        self.blank, self.width = False, self.console.width
+        self.file.write("\n" if self.block[-1].strip() else "\n\n")
+        self.block, self.above, self.shown, self.width = [], "", "", self.console.width
 
 
 def write_answer(console: Console, pieces: Iterable[Piece]) -> Answer:
@@ -1284,6 +1264,14 @@ def write_answer(console: Console, pieces: Iterable[Piece]) -> Answer:
         writer.feed(piece.text)
     writer.close()
     return piece.answer
+
+
+def opens_block(block: list[str], line: str) -> bool:
+    """Whether a line, perhaps not yet all of it, starts another paragraph, list item, code block, ... than `block`."""
+    lines = [*block, f"{line}x" if line[-1:].isspace() else line]
+    tokens = MarkdownIt().enable("table").parse(textwrap.dedent("\n".join(lines)))
+    starts = [t for t in tokens if t.map and (t.level == 0 or (t.type == "list_item_open" and t.level == 1))]
+    return any(token.map[0] == len(block) for token in starts)
 
 
 def may_break(word: str, width: int) -> bool:
@@ -1303,24 +1291,6 @@ def break_rows(text: str, width: int) -> str:
                 rows, column = rows + "\n", 0
             rows, column = rows + piece, column + cell_len(piece)
     return rows
-
-
-def parse_markdown(lines: list[str]) -> list[Any]:
-    return MarkdownIt().enable("table").parse(textwrap.dedent("\n".join(lines)))
-
-
-def opens_block(block: list[str], line: str) -> bool:
-    """Whether a line, perhaps not yet all of it, starts another paragraph, list item, code block, ... than `block`."""
-    tokens = parse_markdown([*block, f"{line}x" if line[-1:].isspace() else line])
-    starts = [t for t in tokens if t.map and (t.level == 0 or (t.type == "list_item_open" and t.level == 1))]
-    return any(token.map[0] == len(block) for token in starts)
-
-
-def inside_fence(block: list[str]) -> bool:
-    """Whether a block of code goes on after an empty line."""
-    indent = re.match(r"\s*", block[-1])[0] if block else ""
-    tokens = parse_markdown([*block, "", f"{indent}x"])
-    return any(token.type == "fence" and token.map[1] == len(block) + 2 for token in tokens)
 
 
 def render(console: Console, what: RenderableType) -> str:
@@ -1373,26 +1343,23 @@ def print_table(console: Console, rows: Iterable[tuple], heads: tuple[str, ...] 
 
 def marked(text: str, other: str, plain: bool = False) -> Text:
     """The text; words that the other one has nowhere are coloured, or between asterisks."""
-    result = Text()
-    for part, differs in finetune.word_diff(clean(text), clean(other)):
-        result.append(f"*{part}*" if differs and plain else part, style="bold yellow" if differs else None)
-    return result
+    mark = "*" if plain else ""
+    pieces = finetune.word_diff(clean(text), clean(other))
+    return Text.assemble(*((f"{mark}{part}{mark}", "bold yellow") if differs else part for part, differs in pieces))
 
 
 def side_by_side(answers: list[tuple[str, str, str | Text]], width: int) -> RenderableType:
     """(head, speed, text) of each model: in columns, or one under the other where columns would be narrow."""
     heads = [Text.assemble((clean(head), "bold"), "  ", (speed, "dim")) for head, speed, _ in answers]
     texts = [text if isinstance(text, Text) else Text(clean(text)) for *_, text in answers]
-    if width // len(answers) >= NARROW:
-        table = plain_table(expand=True)
-        for _ in answers:
-            table.add_column(ratio=1, overflow="fold")
-        table.add_row(*heads)
-        table.add_row(*texts)
-        return table
-    for text in (*heads, *texts):
-        text.overflow = "fold"
-    return Group(*itertools.chain(*zip(heads, texts, itertools.repeat(""), strict=False)))
+    table, rows = plain_table(expand=True), [heads, texts]
+    if width // len(answers) < NARROW:
+        rows = [[part] for pair in zip(heads, texts, strict=True) for part in (*pair, "")]
+    for _ in rows[0]:
+        table.add_column(ratio=1, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def speed_of(answer: Answer) -> str:
@@ -1407,10 +1374,7 @@ def speed_of(answer: Answer) -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that an answer ends between two tokens; a second one raises KeyboardInterrupt.
-
-    What is typed meanwhile is kept for the prompt, and not echoed into the answer.
-    """
+    """Ctrl-C sets the event; a second one raises KeyboardInterrupt. What is typed is not echoed into the answer."""
     event = threading.Event()
 
     def handle(*_: Any) -> None:
@@ -1483,9 +1447,7 @@ def make_keys(chat: Chat) -> Any:
         else:
             event.current_buffer.validate_and_handle()
 
-    @keys.add("escape", "enter")
-    def _(event: Any) -> None:
-        event.current_buffer.newline(copy_margin=False)
+    keys.add("escape", "enter")(lambda event: event.current_buffer.newline(copy_margin=False))
 
     @keys.add("f2")
     def _(event: Any) -> None:
@@ -1494,19 +1456,16 @@ def make_keys(chat: Chat) -> Any:
 
     @keys.add("c-x", "c-e")
     def _(event: Any) -> None:
-        """The editor needs the terminal on file descriptors 1 and 2, where the log is otherwise."""
-        saved = [os.dup(number) for number in (1, 2)]
-        for number in (1, 2):
-            os.dup2(chat.console.file.fileno(), number)
-
-        def back(_: Any) -> None:
-            for number, copy in zip((1, 2), saved, strict=True):
-                os.dup2(copy, number)
-                os.close(copy)
-
-        event.current_buffer.open_in_editor().add_done_callback(back)
+        point_output(chat.console.file)
+        event.current_buffer.open_in_editor().add_done_callback(lambda _: point_output(sys.stderr))
 
     return keys
+
+
+def point_output(file: TextIO) -> None:
+    """An editor needs the terminal on file descriptors 1 and 2, where the log, our sys.stderr, is otherwise."""
+    for number in (1, 2):
+        os.dup2(file.fileno(), number)
 
 
 def prompt_output(file: TextIO) -> Any:
@@ -1639,10 +1598,7 @@ class Engine:
     def stream(
         self, messages: list[dict], name: str, parameters: Parameters, stop: threading.Event | None = None, top: int = 0
     ) -> Iterator[Piece]:
-        """An answer as it comes. Setting `stop` ends it between two tokens; what came stays, in the KV cache too.
-
-        `top`: how many of the most likely tokens are noted at each step.
-        """
+        """An answer as it comes, with the `top` most likely tokens at each step. `stop` ends it between two tokens."""
         began = time.perf_counter()
         model, ids = self.models[name], self.models[name].tokenize(messages)
         room = self.context - len(ids)
@@ -1692,19 +1648,16 @@ class Engine:
     def compare(
         self, messages: list[dict], names: Iterable[str], parameters: Parameters, stop: threading.Event | None = None
     ) -> Iterator[Piece]:
-        """All the models' answers, some tokens each in turn, each the same as if it were alone.
-
-        Not as one batch: a batch of two models rounds differently from two batches of one, and then tokens differ.
-        """
+        """All the models' answers, some tokens each in turn. A batch of them would round differently from one alone."""
         parameters = with_seed(parameters)
         streams = [self.stream(messages, name, parameters, stop, TOP) for name in names]
         while streams:
             for stream in list(streams):
-                some = 0
-                for some, piece in enumerate(itertools.islice(stream, TURN_LENGTH), 1):  # noqa: B007
+                for _ in range(TURN_LENGTH):
+                    if (piece := next(stream, None)) is None:
+                        streams.remove(stream)
+                        break
                     yield piece
-                if some < TURN_LENGTH:  # it has ended
-                    streams.remove(stream)
 
     def score(self, messages: list[dict], text: str, name: str, strength: float = 1.0) -> tuple[float, int]:
         """Mean log-probability of `text` (and the EOS after it) as the answer, and how many tokens that are."""
@@ -1723,10 +1676,7 @@ class Engine:
 
 
 class ChatModel:
-    """A name that can answer: the base, or an adapter on it; and the KV cache of what it has read.
-
-    A LoRA changes keys and values, so each model has a cache of its own, valid for one strength.
-    """
+    """A name that can answer, the base or an adapter, and its KV cache: a LoRA at one strength has its own values."""
 
     def __init__(self, engine: Engine, name: str, key: str | None, tokenizer: Any, adapter: Any = None, plain=False):
         self.engine, self.name, self.tokenizer, self.adapter = engine, name, tokenizer, adapter
@@ -1769,10 +1719,7 @@ class ChatModel:
         return logits
 
     def forward(self, tokens: list[int] | torch.Tensor) -> torch.Tensor:
-        """The logits after these tokens, or after one as a tensor, which a GPU may still have to pick.
-
-        The caller adds them to `cached` once it knows them.
-        """
+        """The logits after some tokens, or after one that a GPU has yet to pick; the caller adds them to `cached`."""
         position, self.length = len(self.cached), -1  # after an error some layers hold them and others do not
         end = position + len(tokens)
         with torch.inference_mode():
@@ -1858,8 +1805,7 @@ def copy_to_host(token: torch.Tensor) -> Callable[[], int]:
 class Detokenizer:
     """Token ids -> text, piece by piece, never half a character.
 
-    tokenizers' DecodeStream does the same, but raises on bytes that are no UTF-8 where the vocabulary falls back to
-    bytes, as Mistral's does, and does not know tokenizers written in Python.
+    (tokenizers' DecodeStream raises on bytes that are no UTF-8, which a model with Mistral's vocabulary may write.)
     """
 
     def __init__(self, tokenizer: Any):
