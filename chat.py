@@ -33,7 +33,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TextIO, get_type_hints
+from typing import Annotated, Any, NamedTuple, TextIO, get_type_hints
 
 import psutil
 import rapidfuzz.fuzz
@@ -48,9 +48,6 @@ from typing_extensions import Doc
 
 import finetune
 from finetune import BadInput, Source, brief, chat_ids, clean, peft, safetensors, torch, transformers
-
-if TYPE_CHECKING:
-    from prompt_toolkit import PromptSession
 
 bnb, bnb_nn, functional = map(finetune.Lazy, ("bitsandbytes.functional", "bitsandbytes.nn", "torch.nn.functional"))
 lora_layers, prompt_toolkit = map(finetune.Lazy, ("peft.tuners.lora", "prompt_toolkit"))
@@ -231,10 +228,11 @@ def run_chat(options: Options, source: Source, adapters: list[Adapter], out: Tex
 
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
         signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    chat = Chat(options, source, adapters, Future(), out)
     loader = ThreadPoolExecutor(1, "load")
-    chat = Chat(options, source, adapters, loader.submit(load), out)
-    loader.shutdown(wait=False)  # the thread ends with its work
+    chat.loading = loader.submit(load)  # only now: the prompt's own imports would wait for those of torch
     chat.loading.add_done_callback(chat.stop_prompt)
+    loader.shutdown(wait=False)  # the thread ends with its work
     chat.run()
 
 
@@ -382,9 +380,10 @@ class Chat:
 
     def obey(self, line: str) -> None:
         """Run a command; answer any other line, pasted paths too. A mistyped command raises BadInput."""
-        word, rest = re.fullmatch(r"(\S*)\s*(.*)", line, re.DOTALL).groups()
-        if command := COMMANDS.get(ALIASES.get(word, word)):
-            command(self, rest.strip())
+        word, rest = (part.strip() for part in re.fullmatch(r"(\S*)(.*)", line, re.DOTALL).groups())
+        name = ALIASES.get(word, word)
+        if name in COMMANDS:
+            COMMANDS[name](self, file_named(name, rest) if "FILE" in HELP[name][0] else rest)
             return
         if line.startswith("/") and "/" not in word[1:]:
             near = difflib.get_close_matches(word, [*COMMANDS, *ALIASES], 1, 0.75)
@@ -485,11 +484,8 @@ def cmd_help(chat: Chat, rest: str) -> None:
         ("Ctrl-C", "stops an answer and keeps what came"),
         ("Ctrl-X Ctrl-E", "opens the line in your editor"),
     ]
-    table = plain_table()
-    table.add_column(overflow="fold", max_width=25 if chat.console.width >= 60 else 13)
-    for keys, meaning in rows:
-        table.add_row(Text(keys, "bold"), Text(meaning))
-    chat.console.print(table)
+    first = {"overflow": "fold", "max_width": 25 if chat.console.width >= 60 else 13}
+    chat.console.print(make_table(((Text(keys, "bold"), Text(meaning)) for keys, meaning in rows), [first]))
 
 
 def cmd_bye(chat: Chat, rest: str) -> None:
@@ -527,12 +523,8 @@ def cmd_set(chat: Chat, rest: str) -> None:
     """parameter NAME VALUE: temperature, strength, ...; alone: show them"""
     words = rest.replace("=", " ").split()
     words = words[1:] if words[:1] == ["parameter"] else words
-    if not words:
-        rows = [(Text(n, "bold"), shown_value(chat, n), Text(PARAMETERS[n][3], "dim")) for n in PARAMETERS]
-        print_table(chat.console, rows)
-        return
-    name, *values = words
-    if name not in PARAMETERS:
+    name, *values = words or [None]
+    if words and name not in PARAMETERS:
         there = finetune.nearest(name, PARAMETERS) or f"; there are: {', '.join(PARAMETERS)}"
         raise BadInput(f"no parameter {name}{there}")
     if len(values) > 1:
@@ -540,12 +532,12 @@ def cmd_set(chat: Chat, rest: str) -> None:
     for value in values:
         changed = {name: parse_parameter(name, value, name)}
         chat.conversation.parameters = dataclasses.replace(chat.parameters, **changed)
-    chat.note(f"{name} = {shown_value(chat, name)}")
-
-
-def shown_value(chat: Chat, name: str) -> str:
-    value = getattr(chat.parameters, name)
-    return "random" if value is None else str(value)
+    shown = {n: "random" if value is None else str(value) for n, value in dataclasses.asdict(chat.parameters).items()}
+    if words:
+        chat.note(f"{name} = {shown[name]}")
+    else:
+        rows = ((Text(n, "bold"), shown[n], Text(help_, "dim")) for n, (*_, help_) in PARAMETERS.items())
+        chat.console.print(make_table(rows))
 
 
 def cmd_show(chat: Chat, rest: str) -> None:
@@ -577,7 +569,7 @@ def list_models(chat: Chat) -> None:
         rows.append(("*" if name == chat.model_name else " ", Text(clean(name), "bold"), Text(what, "dim")))
     others = (clean(name) for name in finetune.adapters_on_disk() if name not in chat.engine.models)
     rows += [(" ", Text(name), Text(f"on disk; /adapter {name} loads it", "dim")) for name in others]
-    print_table(chat.console, rows)
+    chat.console.print(make_table(rows))
 
 
 def open_adapter(chat: Chat, name: str) -> str:
@@ -599,7 +591,7 @@ def cmd_regen(chat: Chat, rest: str) -> None:
     turn, name = chat.last_turn(), rest or chat.model_name
     if name not in chat.engine.models:
         raise BadInput(f"no model {name} is loaded{finetune.nearest(name, chat.engine.models)}")
-    answer = chat.answer(turn.question, name, len(chat.conversation.turns) - 1)
+    answer = chat.answer(turn.question, name, upto=-1)
     if answer.text:
         turn.replies.append(answer)
         turn.chosen = len(turn.replies) - 1
@@ -619,22 +611,23 @@ def cmd_stats(chat: Chat, rest: str) -> None:
     rows += [("cache", f"{clean(name)}: {len(model.cached)} tokens") for name, model in chat.engine.models.items()]
     rows += [("context", f"{chat.context_used} of {chat.engine.context} tokens")]
     label = "memory, at most" if finetune.has_gpu() else "memory"
-    print_table(chat.console, [*rows, (label, f"{finetune.memory_now():.2f} GiB")])
+    chat.console.print(make_table([*rows, (label, f"{finetune.memory_now():.2f} GiB")]))
 
 
 def cmd_score(chat: Chat, rest: str) -> None:
     """TEXT: how likely each model finds TEXT as the answer to the last question"""
     if not rest:
         raise BadInput("/score TEXT: what would be the answer?")
-    turn, upto = chat.last_turn(), len(chat.conversation.turns) - 1
-    messages = chat.conversation.messages(turn.question, upto)
+    turn = chat.last_turn()
+    messages = chat.conversation.messages(turn.question, upto=-1)
     scores = {name: chat.engine.score(messages, rest, name, chat.parameters.strength) for name in chat.engine.models}
     chat.note(f"As the answer to: {' '.join(turn.question.split())[:100]}")
     rows = [(clean(n), f"{mean:.3f}", f"{math.exp(min(-mean, 700)):.2f}", str(k)) for n, (mean, k) in scores.items()]
-    print_table(chat.console, rows, ("", "mean log-probability", "perplexity", "tokens"))
+    heads = [{"header": head, "justify": "right"} for head in ("mean log-probability", "perplexity", "tokens")]
+    chat.console.print(make_table(rows, [{}, *heads], show_header=True))
 
 
-def file_named(rest: str, command: str) -> Path:
+def file_named(command: str, rest: str) -> Path:
     if not rest:
         raise BadInput(f"{command} {HELP[command][0]}: which file?")
     return finetune.expand(Path(rest.strip("\"'")))
@@ -649,20 +642,19 @@ def write_file(chat: Chat, path: Path, text: str, done: str) -> None:
         chat.note(f"{done} {path}")
 
 
-def cmd_save(chat: Chat, rest: str) -> None:
+def cmd_save(chat: Chat, path: Path) -> None:
     """FILE: save the conversation and the parameters as JSON"""
     text = finetune.json_text(chat.conversation.as_json(), indent=1) + "\n"
-    write_file(chat, file_named(rest, "/save"), text, f"Saved {len(chat.conversation.turns)} turns to")
+    write_file(chat, path, text, f"Saved {len(chat.conversation.turns)} turns to")
 
 
-def cmd_export(chat: Chat, rest: str) -> None:
+def cmd_export(chat: Chat, path: Path) -> None:
     """FILE.md: write the conversation as Markdown"""
-    write_file(chat, file_named(rest, "/export"), chat.conversation.as_markdown(), "Wrote")
+    write_file(chat, path, chat.conversation.as_markdown(), "Wrote")
 
 
-def cmd_load(chat: Chat, rest: str) -> None:
+def cmd_load(chat: Chat, path: Path) -> None:
     """FILE: go on with a saved conversation"""
-    path = file_named(rest, "/load")
     start_over(chat, Conversation.from_json(finetune.read_json(path), str(path), chat.parameters))
     chat.note(f"Loaded {len(chat.conversation.turns)} turns from {path}")
     show_last_turn(chat)
@@ -674,9 +666,8 @@ def show_last_turn(chat: Chat) -> None:
         write_answer(chat.console, [Piece(turn.reply.text, turn.reply)])
 
 
-def cmd_read(chat: Chat, rest: str) -> None:
+def cmd_read(chat: Chat, path: Path) -> None:
     """FILE: put a text file before your next question"""
-    path = file_named(rest, "/read")
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError) as error:
@@ -711,12 +702,8 @@ def cmd_copy(chat: Chat, rest: str) -> None:
 
 def cmd_compare(chat: Chat, rest: str) -> None:
     """[QUESTION]: base and every adapter answer at once; without question: the last one again"""
-    question, upto = chat.with_files(rest), None
-    if not rest:
-        question, upto = chat.last_turn().question, len(chat.conversation.turns) - 1
-    answers = answer_with_all(chat, question, upto, hidden=False)
-    if not answers:
-        return
+    question, upto = (chat.with_files(rest), None) if rest else (chat.last_turn().question, -1)
+    answers = answer_with_all(chat, question, upto)
     show_comparison(chat, answers)
     show_divergence(chat, answers)
     show_nearest(chat, question)
@@ -731,8 +718,8 @@ def cmd_compare(chat: Chat, rest: str) -> None:
         chat.typed = picked  # the next question, most likely
 
 
-def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: bool) -> dict[str, Answer]:
-    """All answers, shown as they come unless hidden. Empty if fewer than two have text."""
+def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: bool = False) -> dict[str, Answer]:
+    """All answers, shown as they come unless hidden. BadInput: fewer than two have text."""
     names = list(chat.engine.models)
     if len(names) < 2:
         raise BadInput("there is nothing to compare the base with: /adapter NAME loads an adapter")
@@ -751,8 +738,7 @@ def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: bool) -
         chat.note(f">>> {question}")
     answers = {name: answer for name, answer in answers.items() if answer.text}
     if len(answers) < 2:
-        chat.note("Stopped before there was anything to compare")
-        return {}
+        raise BadInput("Stopped before there was anything to compare")
     if upto is None:
         chat.files = []
     chat.last = answers.get(chat.model_name, next(iter(answers.values())))
@@ -763,13 +749,11 @@ def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: bool) -
 def show_comparison(chat: Chat, answers: dict[str, Answer], heads: Iterable[str] = ()) -> None:
     """The answers beside each other; under `heads` instead of their names they are not to be recognized."""
     first, second, *_ = answers.values()
-    if heads:
-        rows = [(head, "", answer.text) for head, answer in zip(heads, answers.values(), strict=True)]
-    else:
-        plain = not can_repaint(chat.console)
-        others = [second if answer is first else first for answer in answers.values()]
-        pairs = zip(answers.values(), others, strict=True)
-        rows = [(a.model, speed_of(a), marked(a.text, other.text, plain)) for a, other in pairs]
+    rows, plain = [], not can_repaint(chat.console)
+    for head, answer in zip(heads or answers, answers.values(), strict=True):
+        other = second if answer is first else first
+        told = ("", answer.text) if heads else (speed_of(answer), marked(answer.text, other.text, plain))
+        rows.append((head, *told))
     chat.console.file.write(render(chat.console, side_by_side(rows, chat.console.width)) + "\n\n")
     if not heads:
         chat.note(f"seed {first.seed} for all; words that differ are marked")
@@ -825,8 +809,8 @@ def go_on_with(chat: Chat, question: str, answers: dict[str, Answer], name: str,
 
 def cmd_vote(chat: Chat, rest: str) -> None:
     """[QUESTION]: blind A/B: names hidden, order shuffled; the tally is kept"""
-    if rest and not answer_with_all(chat, chat.with_files(rest), None, hidden=True):
-        return
+    if rest:
+        answer_with_all(chat, chat.with_files(rest), None, hidden=True)
     if not chat.compared:
         raise BadInput("nothing was compared yet: /compare QUESTION, or /vote QUESTION")
     question, answers = chat.compared
@@ -848,8 +832,8 @@ def cmd_vote(chat: Chat, rest: str) -> None:
         go_on_with(chat, question, answers, winner, None)
 
 
-# In the order of /help.
-COMMANDS: dict[str, Callable[[Chat, str], None]] = {
+# In the order of /help. What takes a FILE is given a Path.
+COMMANDS: dict[str, Callable[[Chat, Any], None]] = {
     f"/{command.__name__.removeprefix('cmd_')}": command
     for command in (
         *(cmd_adapter, cmd_compare, cmd_regen, cmd_undo, cmd_clear, cmd_system, cmd_set, cmd_show, cmd_score, cmd_vote),
@@ -929,17 +913,15 @@ class Conversation:
 
     def messages(self, question: str | None = None, upto: int | None = None) -> list[dict]:
         """What the model reads: the system prompt, the turns that fit (before turn `upto`), the question."""
-        messages = [{"role": "system", "content": self.system}] if self.system else []
+        said = [("system", self.system)] if self.system else []
         for turn in self.turns[self.skipped : upto]:
-            messages.append({"role": "user", "content": turn.question})
-            messages.append({"role": "assistant", "content": turn.reply.text})
-        if question is not None:
-            messages.append({"role": "user", "content": question})
-        return messages
+            said += [("user", turn.question), ("assistant", turn.reply.text)]
+        said += [("user", question)] if question is not None else []
+        return [{"role": role, "content": text} for role, text in said]
 
     def fit(self, question: str, count: Callable, room: int, upto: int | None = None) -> tuple[list[dict], int]:
         """The messages, and how many more of the oldest turns were left out to keep within `room` tokens."""
-        turns = len(self.turns) if upto is None else upto
+        turns = len(self.turns[:upto])
         before, messages = self.skipped, self.messages(question, upto)
         used = count(messages)
         target = room if used <= room else room * 3 // 4  # as every model has to read the rest anew
@@ -996,19 +978,18 @@ class Conversation:
 
 def first_conversation(options: Options) -> Conversation:
     """With --continue the last one, but flags that were given win; else an empty one. Raises BadInput."""
-    system, parameters = readable(options.system or "") or None, options.parameters
-    if not options.go_on:
-        return Conversation(system, parameters=parameters)
-    try:
-        path = state_file("conversation.json")
-        if not path.stat().st_size:
-            raise BadInput("--continue: there is no conversation yet")
-    except OSError as error:
-        raise BadInput(f"--continue: {brief(error)}") from None
-    conversation = Conversation.from_json(finetune.read_json(path), str(path))
-    given = {name: getattr(parameters, name) for name in options.given}
-    conversation.parameters = dataclasses.replace(conversation.parameters, **given)
-    conversation.system = system or conversation.system
+    conversation = Conversation(parameters=options.parameters)
+    if options.go_on:
+        try:
+            path = state_file("conversation.json")
+            if not path.stat().st_size:
+                raise BadInput("--continue: there is no conversation yet")
+        except OSError as error:
+            raise BadInput(f"--continue: {brief(error)}") from None
+        conversation = Conversation.from_json(finetune.read_json(path), str(path))
+        given = {name: getattr(options.parameters, name) for name in options.given}
+        conversation.parameters = dataclasses.replace(conversation.parameters, **given)
+    conversation.system = readable(options.system or "") or conversation.system
     return conversation
 
 
@@ -1096,8 +1077,8 @@ def read_adapter(path: Path) -> Adapter:
     run = finetune.read_json(path / "run.json") if (path / "run.json").is_file() else {}
     named = str(config.get("base_model_name_or_path") or "")
     local = {public: name for name, public in finetune.PUBLIC_NAME.items()}
-    adapter = Adapter(path, local.get(named, named), run)
-    return dataclasses.replace(adapter, base=str(adapter.part("model").get("id") or adapter.base))
+    trained_on = Adapter(path, "", run).part("model").get("id") or local.get(named, named)
+    return Adapter(path, str(trained_on), run)
 
 
 def sound_adapters() -> list[Adapter]:
@@ -1118,11 +1099,10 @@ def sound_adapters() -> list[Adapter]:
 def choose_models(options: Options) -> tuple[Source, list[Adapter]]:
     """What to open: the adapters asked for, or the newest, and the base that they stand on. Raises BadInput."""
     named = [read_adapter(finetune.find_adapter(name, "--adapter")) for name in options.adapter]
-    adapters = named or sound_adapters()
     if options.model:
         source = finetune.find_model(options.model, gpu=False)
-        return source, named or [adapter for adapter in adapters if adapter.base == source.id][:1]
-    adapters = named or adapters[:1]
+        return source, named or [adapter for adapter in sound_adapters() if adapter.base == source.id][:1]
+    adapters = named or sound_adapters()[:1]
     if not adapters:
         finetune.guard_torchvision()
         return finetune.find_model(None, finetune.has_gpu()), []
@@ -1327,18 +1307,14 @@ class Area:
         return f"\x1b[{rows}A\r" if rows else ""
 
 
-def plain_table(**more: Any) -> Table:
-    """Aligned columns without lines."""
-    return Table(**{"box": None, "padding": (0, 2, 0, 0), "pad_edge": False, "show_header": False} | more)
-
-
-def print_table(console: Console, rows: Iterable[tuple], heads: tuple[str, ...] = ()) -> None:
-    table = plain_table(show_header=bool(heads))
-    for head in heads:
-        table.add_column(head, justify="right" if head else "left")
+def make_table(rows: Iterable[Iterable], columns: Iterable[dict] = (), **more: Any) -> Table:
+    """Aligned columns without lines; `columns` says what is special about the first ones."""
+    table = Table(**{"box": None, "padding": (0, 2, 0, 0), "pad_edge": False, "show_header": False} | more)
+    for column in columns:
+        table.add_column(**column)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    return table
 
 
 def marked(text: str, other: str, plain: bool = False) -> Text:
@@ -1352,14 +1328,10 @@ def side_by_side(answers: list[tuple[str, str, str | Text]], width: int) -> Rend
     """(head, speed, text) of each model: in columns, or one under the other where columns would be narrow."""
     heads = [Text.assemble((clean(head), "bold"), "  ", (speed, "dim")) for head, speed, _ in answers]
     texts = [text if isinstance(text, Text) else Text(clean(text)) for *_, text in answers]
-    table, rows = plain_table(expand=True), [heads, texts]
+    rows = [heads, texts]
     if width // len(answers) < NARROW:
         rows = [[part] for pair in zip(heads, texts, strict=True) for part in (*pair, "")]
-    for _ in rows[0]:
-        table.add_column(ratio=1, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return make_table(rows, [{"ratio": 1, "overflow": "fold"}] * len(rows[0]), expand=True)
 
 
 def speed_of(answer: Answer) -> str:
@@ -1399,23 +1371,23 @@ def interruptible() -> Iterator[threading.Event]:
                 termios.tcsetattr(0, termios.TCSANOW, terminal)
 
 
-def make_session(chat: Chat) -> PromptSession:
+def make_session(chat: Chat) -> Any:
     repaints = can_repaint(chat.console)
-    session: PromptSession = prompt_toolkit.PromptSession(
+    is_command = prompt_toolkit.filters.Condition(lambda: chat.session.default_buffer.text.startswith("/"))
+    return prompt_toolkit.PromptSession(
         multiline=True,
         prompt_continuation=lambda width, number, wrapped: "" if wrapped else "... ",
         key_bindings=make_keys(chat),
         history=make_history(chat),
         auto_suggest=prompt_toolkit.auto_suggest.AutoSuggestFromHistory(),
         completer=make_completer(chat),
-        complete_while_typing=prompt_toolkit.filters.Condition(lambda: session.default_buffer.text.startswith("/")),
+        complete_while_typing=is_command,
         reserve_space_for_menu=6 if repaints else 0,
         output=prompt_output(chat.console.file),
         bottom_toolbar=chat.toolbar if repaints else None,
         refresh_interval=0.5,
         style=prompt_toolkit.styles.Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack"}),
     )
-    return session
 
 
 def make_history(chat: Chat) -> Any:
@@ -1476,26 +1448,22 @@ def prompt_output(file: TextIO) -> Any:
 
 
 def make_completer(chat: Chat) -> Any:
-    paths = prompt_toolkit.completion.PathCompleter(expanduser=True)
+    """Whole lines of commands; after one that takes a FILE, paths."""
+    completion = prompt_toolkit.completion
 
-    class CommandCompleter(prompt_toolkit.completion.Completer):
-        def get_completions(self, document: Any, event: Any) -> Iterator[Any]:
-            text = document.text_before_cursor
-            command, space, typed = text.partition(" ")
-            arguments = HELP[command][0] if command in HELP else ""
-            if space and "FILE" in arguments:
-                yield from paths.get_completions(prompt_toolkit.document.Document(typed), event)
-            lines = {name: meaning for name, (_, meaning) in HELP.items()}
-            if command == "/set":
-                lines = {f"/set parameter {name}": meaning for name, (*_, meaning) in PARAMETERS.items()}
-            elif "NAME" in arguments:
-                lines = {f"{command} {name}": "" for name in chat.known_models()}
-            for line, meaning in lines.items():
-                if line.startswith(text):
-                    start = line.rindex(" ") + 1 if space else 0
-                    yield prompt_toolkit.completion.Completion(line[start:], start - len(text), display_meta=meaning)
+    def completer() -> Any:
+        command, space, _ = chat.session.default_buffer.document.text_before_cursor.partition(" ")
+        arguments = HELP[command][0] if command in HELP else ""
+        lines = {name: meaning for name, (_, meaning) in HELP.items()}
+        if command == "/set":
+            lines = {f"/set parameter {name}": meaning for name, (*_, meaning) in PARAMETERS.items()}
+        elif "NAME" in arguments:
+            lines = {f"{command} {name}": "" for name in chat.known_models()}
+        elif space and "FILE" in arguments:
+            return completion.NestedCompleter({command: completion.PathCompleter(expanduser=True)})
+        return completion.WordCompleter(list(lines), meta_dict=lines, sentence=True)
 
-    return CommandCompleter()
+    return completion.DynamicCompleter(completer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1851,16 +1819,15 @@ def with_seed(parameters: Parameters) -> Parameters:
 class FastDecoder:
     """Batch-1 decoder for Llama-like models: fused 4-bit projections, CUDA graphs.
 
-    transformers and PEFT launch 45 kernels a layer and 8 more a LoRA, and no processor feeds a GPU that fast. Here
-    projections of one input are one product, and LoRA adds two small ones. On a GPU the decode step of one token is a
-    CUDA graph, replayed; so is the prefill of a short question.
+    transformers and PEFT launch 45 kernels a layer and 8 more a LoRA, which no processor feeds fast enough. Here
+    projections of one input are one product, and LoRA adds two small ones. On a GPU a decode step is a CUDA graph.
     """
 
     GROUPS = (
-        ("self_attn", ("q_proj", "k_proj", "v_proj")),
-        ("self_attn", ("o_proj",)),
-        ("mlp", ("gate_proj", "up_proj")),
-        ("mlp", ("down_proj",)),
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
     )
 
     def __init__(self, network: Any):
@@ -1902,7 +1869,7 @@ class FastDecoder:
     @classmethod
     def projections(cls, layers: Iterable[Any]) -> list[list[list[Any]]]:
         """Layer -> group of projections with the same input -> the modules, PEFT's once an adapter is loaded."""
-        return [[[getattr(getattr(layer, b), name) for name in names] for b, names in cls.GROUPS] for layer in layers]
+        return [[[layer.get_submodule(name) for name in names] for names in cls.GROUPS] for layer in layers]
 
     def load_lora(self, key: str, network: Any) -> None:
         """Take over PEFT's adapter, unless it has more than plain LoRA on the fused layers."""
@@ -1921,15 +1888,12 @@ class FastDecoder:
         if not adapted:
             return None
         down = torch.cat([part.lora_A[key].weight for part in adapted])
-        up = torch.zeros(sum(part.out_features for part in parts), len(down), device=self.device)
-        row = column = 0
-        for part in parts:
-            if part in adapted:
-                weight = part.lora_B[key].weight
-                up[row : row + len(weight), column : column + weight.shape[1]] = weight * part.scaling[key]
-                column += weight.shape[1]
-            row += part.out_features
-        up = up.to(self.dtype).T
+
+        def scaled(part: Any) -> torch.Tensor:
+            none = down.new_zeros(part.out_features, 0)
+            return part.lora_B[key].weight * part.scaling[key] if part in adapted else none
+
+        up = torch.block_diag(*map(scaled, parts)).to(self.dtype).T
         return down.to(self.dtype).T, up, up.to("cpu", copy=True)
 
     def set_strength(self, key: str, strength: float) -> None:
