@@ -366,8 +366,8 @@ class Chat:
             self.trouble = "told"
 
     def greet(self) -> None:
-        _, *adapters = self.first_names
-        self.note(f"{self.source.id} in 4 bits" + (f" with {', '.join(adapters)}" if adapters else ""), "bold")
+        adapters = ", ".join(self.first_names[1:])
+        self.note(f"{self.source.id} in 4 bits" + (f" with {adapters}" if adapters else ""), "bold")
         with_adapter = "F2 switches the adapter off and on, /compare shows both"
         start = with_adapter if adapters else "No adapter yet: python finetune.py trains one"
         self.note(f"{start}, /help lists the commands, Ctrl-D leaves")
@@ -428,15 +428,14 @@ class Chat:
             answer = write_answer(self.console, self.engine.stream(messages, name, self.parameters, stop))
         self.last = answer
         limit = self.parameters.num_predict
-        said = {
-            "interrupted": "Stopped; what came is kept",
-            "num_predict": f"Stopped at num_predict {limit}; /set parameter num_predict -1 lets it end",
-            "context": "Stopped: the context is full",
-        }
         if not answer.text:
             self.note("No answer came; the question is not kept")
-        elif answer.stop in said:
-            self.note(said[answer.stop], "yellow" if answer.stop == "context" else "dim")
+        elif answer.stop == "interrupted":
+            self.note("Stopped; what came is kept")
+        elif answer.stop == "num_predict":
+            self.note(f"Stopped at num_predict {limit}; /set parameter num_predict -1 lets it end")
+        elif answer.stop == "context":
+            self.note("Stopped: the context is full", "yellow")
         self.engine.models[name].capture_ahead()
         return answer
 
@@ -456,9 +455,8 @@ class Chat:
         if not self.loading.done():
             facts.append("loading ...")
         elif not self.failure():
-            if self.last:
-                facts.append(f"{self.last.tokens_per_second:.0f} tok/s")
-                facts.append(f"first token {self.last.first_token or 0:.2f} s")
+            if last := self.last:
+                facts += [f"{last.tokens_per_second:.0f} tok/s", f"first token {last.first_token or 0:.2f} s"]
             facts.append(f"context {self.context_used} of {self.engine.context}")
         if self.parameters.strength != 1 and self.model_name != BASE:
             facts.append(f"strength {self.parameters.strength:g}")
