@@ -14,6 +14,7 @@ The job is run_evaluation(), below the flags. After it comes one section for eac
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -360,6 +361,7 @@ def check_input(
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffd\ud800-\udfff]")
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # these reorder the text around them, on a screen or a page
+NEWLINE = re.compile(r"\r\n|\r|\n")
 MAX_PROBLEMS_SHOWN = 20
 FILE_KINDS = {  # how files begin that are not text
     b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or .xlsx", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
@@ -392,10 +394,9 @@ class Findings:
             (first, text), *more = sorted(places, key=lambda place: [int(n) for n in re.findall(r"\d+", place[0])])
             others = ", ".join(place.rpartition(", ")[2] for place, _ in more[:4]) + ", ..." * (len(more) > 4)
             lines.append(f"{first}{f' and {len(more)} more ({others})' if more else ''}: {text}")
-        if left := len(lines[MAX_PROBLEMS_SHOWN:]):
-            lines[MAX_PROBLEMS_SHOWN:] = [f"... and {left} more"]
         if lines:
-            raise BadInput("\n".join(lines))
+            left = [f"... and {len(lines) - MAX_PROBLEMS_SHOWN} more"] if len(lines) > MAX_PROBLEMS_SHOWN else []
+            raise BadInput("\n".join(lines[:MAX_PROBLEMS_SHOWN] + left))
 
     def note_lines(self) -> list[str]:
         """Each note with the number of its rows and the first place."""
@@ -406,8 +407,11 @@ class Findings:
 
 
 def read_records(path: Path, found: Findings) -> Iterable[tuple[str, Any]]:
-    """(place, record) of each row, whatever the format. Raises BadInput where the file as a whole cannot be read."""
-    raw, kind = read_bytes(path), path.suffix.lower()
+    """(place, record) of each row, whatever the format. A row that cannot be read is the record {None: the reason}.
+
+    Raises BadInput or OSError where the file as a whole cannot be read.
+    """
+    raw, kind = path.read_bytes(), path.suffix.lower()
     if kind in (".xlsx", ".xlsm", ".parquet"):
         try:
             loaded = parquet.read_table(path).to_pylist() if kind == ".parquet" else sheet_rows(path, found)
@@ -415,86 +419,75 @@ def read_records(path: Path, found: Findings) -> Iterable[tuple[str, Any]]:
             what = f"is no {'Parquet file' if kind == '.parquet' else 'workbook'} that can be read"
             raise BadInput(f"{what} ({type(error).__name__}: {brief(error)}); save it again, or as .csv") from None
         if kind != ".parquet":
-            return table_records(path, iter(loaded), found)
+            return table_records(path, iter(loaded))
     else:
-        text = decode(raw, lambda note: found.note(f"{path}: {note}"))
+        text = decode(raw)
+        if raw.startswith(codecs.BOM_UTF8):
+            found.note(f"{path}: starts with a byte order mark, ignored")
         if kind in (".csv", ".tsv"):
-            return table_records(path, csv_rows(text), found)
+            return table_records(path, csv_rows(text))
         if kind in (".jsonl", ".ndjson"):
             if not re.match(r"\s*\[\s*\{", text):
-                return json_lines(path, text, found)
+                lines = enumerate(NEWLINE.split(text), 1)
+                return ((f"{path}, line {n}", parse_json(line, n)) for n, line in lines if line.strip())
             found.note(f"{path}: is one JSON list, not an object a line; read as such")
         elif kind != ".json":
             raise BadInput(f"unknown format {kind or '(no ending)'!r}; take .json, .jsonl, .csv, .xlsx or .parquet")
-        loaded = parse_json(text, "line {line}, ")
+        loaded = parse_json(text)
     if not isinstance(loaded, list):
-        raise BadInput(f"the top level is {kind_of(loaded)}, but a list of rows is needed: [{{...}}, ...]")
+        needed = f"the top level is {kind_of(loaded)}, but a list of rows is needed: [{{...}}, ...]"
+        raise BadInput(loaded.get(None, needed) if isinstance(loaded, dict) else needed)
     return ((f"{path}, row {n}", record) for n, record in enumerate(loaded, 1))
 
 
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise BadInput(getattr(error, "strerror", None) or str(error)) from None
-
-
-def decode(raw: bytes, note: Callable[[str], None] = lambda text: None) -> str:
-    """UTF-8 text of a file. Raises BadInput that says what the file is instead."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:2].count(0) == 1:
+def decode(raw: bytes) -> str:
+    """UTF-8 text of a file, without its byte order mark. Raises BadInput that says what the file is instead."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or raw[:2].count(0) == 1:
         raise BadInput("is UTF-16 (its first bytes say so); save it as UTF-8")
     if kind := next((kind for start, kind in FILE_KINDS.items() if raw.startswith(start)), None):
         raise BadInput(f"is {kind}, not text; unpack it, or export it as .csv, .jsonl, .xlsx or .parquet")
-    if raw.startswith(b"\xef\xbb\xbf"):  # Excel writes one
-        note("starts with a byte order mark, ignored")
     try:
-        return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
         fault = f"line {line}: byte 0x{byte:02x} is not UTF-8 (perhaps Windows-1252)"
         raise BadInput(f"{fault}; save it as UTF-8") from None
 
 
-def parse_json(text: str, where: str = "") -> Any:
-    """Parse JSON. An object with a fault (a key that stands twice, a huge number) has the key None, whose value is the
-    message, so that the caller can name the row. Raises BadInput; `where` is how it names the line.
+def parse_json(text: str, line: int = 1) -> Any:
+    """Parse JSON that begins in this line of a file. What has a fault (broken, a key that stands twice, a huge number)
+    becomes {None: the reason}, so that the caller can name the row.
     """
 
-    def parse_integer(digits: str) -> int | dict:
-        return int(digits) if len(digits) < 4000 else {None: "holds a number with too many digits"}
-
-    def check_keys(pairs: list[tuple[Any, Any]]) -> dict:
+    def check_keys(pairs: list[tuple[str, Any]]) -> dict:
         values = [v for _, value in pairs for v in (value if isinstance(value, list) else [value])]
         faults = [value[None] for value in values if isinstance(value, dict) and None in value]
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         faults += [f"has the key {clean(key)!r} twice; remove one" for key in twice]
         return dict(pairs) | ({None: faults[0]} if faults else {})
 
+    def parse_integer(digits: str) -> int | dict:
+        return int(digits) if len(digits) < 4000 else {None: "holds a number with too many digits"}
+
     try:
         return json.loads(text, object_pairs_hook=check_keys, parse_int=parse_integer)
     except json.JSONDecodeError as error:
-        hint = "; one object a line is JSON Lines: name it .jsonl" if where and error.msg == "Extra data" else ""
-        place = f"{where.format(line=error.lineno)}column {error.colno}"
-        raise BadInput(f"broken JSON at {place}: {error.msg}{hint}") from None
+        lines = error.msg == "Extra data" and NEWLINE.search(text)
+        hint = "; one object a line is JSON Lines: name it .jsonl" if lines else ""
+        return {None: f"broken JSON at line {line + error.lineno - 1}, column {error.colno}: {error.msg}{hint}"}
     except RecursionError:
-        raise BadInput("broken JSON: nested too deeply") from None
+        return {None: "broken JSON: nested too deeply"}
 
 
 def read_json(path: Path) -> Any:
     """A JSON file. Raises BadInput that names it."""
     try:
-        return parse_json(decode(read_bytes(path)), "line {line}, ")
-    except BadInput as problem:
-        raise BadInput(f"{path}: {problem}") from None
-
-
-def json_lines(path: Path, text: str, found: Findings) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", parse_json(line)
-            except BadInput as problem:
-                found.problem(problem, f"{path}, line {number}")
+        loaded = parse_json(decode(path.read_bytes()))
+    except (BadInput, OSError) as problem:
+        raise BadInput(f"{path}: {getattr(problem, 'strerror', problem)}") from None
+    if isinstance(loaded, dict) and None in loaded:
+        raise BadInput(f"{path}: {loaded[None]}")
+    return loaded
 
 
 def sheet_rows(path: Path, found: Findings) -> list[list[str]]:
@@ -507,48 +500,46 @@ def sheet_rows(path: Path, found: Findings) -> list[list[str]]:
 
 def csv_rows(text: str) -> Iterator[list[str]]:
     """Cells of each line. Raises BadInput that names the line."""
-    header = re.split(r"\r\n|\r|\n", text, maxsplit=1)[0]
-    delimiter = max(",;\t", key=header.count)  # Excel writes semicolons in half of Europe
+    delimiter = max(",;\t", key=NEWLINE.split(text, maxsplit=1)[0].count)  # Excel writes semicolons in half of Europe
     csv.field_size_limit(2**31 - 1)
     reader, width = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 0
     try:
         for cells in reader:
             width = width or len(cells)
-            for cell in cells:
-                check_quotes(cell, width, delimiter)
+            if fault := next(filter(None, (quote_fault(cell, width, delimiter) for cell in cells)), None):
+                raise BadInput(f"line {reader.line_num}: {fault}")
             yield cells
-    except (csv.Error, BadInput) as error:
-        fault = f"broken CSV: {error}; is a quote left open?" if isinstance(error, csv.Error) else error
-        raise BadInput(f"line {reader.line_num}: {fault}") from None
+    except csv.Error as error:
+        raise BadInput(f"line {reader.line_num}: broken CSV: {error}; is a quote left open?") from None
 
 
-def check_quotes(cell: str, width: int, delimiter: str) -> None:
-    """Two stray quotes make one cell of all the rows between them. Raises BadInput where a cell looks like that."""
-    _, *lines = cell.splitlines() or [""]
+def quote_fault(cell: str, width: int, delimiter: str) -> str | None:
+    """Two stray quotes make one cell of all the rows between them. Says so where a cell looks like that."""
+    lines = cell.splitlines()[1:]
     shaped = [line for line in lines if len(cells := line.split(delimiter)) == width > 1 and all(map(str.strip, cells))]
-    asked = [line for line in shaped if line.split(delimiter)[0].rstrip().endswith("?")]
-    if asked or len(shaped) >= max(2, len(lines) - 1):
-        raise BadInput(
-            f"a cell that ends here holds {len(shaped)} lines shaped like rows, the first {clean(shaped[0])[:60]!r}: "
-            "is a quote missing or too many? If the text is meant so, save the file as .xlsx or .json"
-        )
+    asked = any(line.split(delimiter)[0].rstrip().endswith("?") for line in shaped)
+    if not asked and len(shaped) < max(2, len(lines) - 1):
+        return None
+    return (
+        f"a cell that ends here holds {len(shaped)} lines shaped like rows, the first {clean(shaped[0])[:60]!r}: "
+        "is a quote missing or too many? If the text is meant so, save the file as .xlsx or .json"
+    )
 
 
-def table_records(path: Path, rows: Iterator[list[str]], found: Findings) -> Iterator[tuple[str, Any]]:
+def table_records(path: Path, rows: Iterator[list[str]]) -> Iterator[tuple[str, Any]]:
     """Cells with a header line -> (place, record)."""
     names = [name.strip() for name in next(rows, [])]
     while names and not names[-1]:  # Excel exports columns that once held something
         names.pop()
-    if doubled := [name for name in names if name and [n.casefold() for n in names].count(name.casefold()) > 1]:
+    counts = Counter(name.casefold() for name in names if name)
+    if doubled := [name for name in names if counts[name.casefold()] > 1]:
         raise BadInput(f"the header has {clean(doubled[0])!r} twice; rename one")
     for number, cells in enumerate(rows, 1):
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) < len(names) or any(cell.strip() for cell in cells[len(names) :]):
+        fault = None
+        if len(cells) < len(names) or any(map(str.strip, cells[len(names) :])):
             fault = f"has {len(cells)} cells, the header {len(names)}; put text that holds a separator in quotes"
-            found.problem(fault, f"{path}, row {number}")
-        else:
-            yield f"{path}, row {number}", dict(zip(names, cells, strict=False))
+        if any(map(str.strip, cells)):
+            yield f"{path}, row {number}", {None: fault} if fault else dict(zip(names, cells, strict=False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -589,22 +580,19 @@ def read_rows(
     findings: Findings | None = None,
 ) -> list[Row]:  # fmt: skip
     """The rows of one file. What is wrong goes into `findings`; without one, BadInput is raised."""
-    found, rows, unused, fields = findings or Findings(), [], Counter(), (question_field, answer_field, split_field)
-    empty = True
+    found, rows, place, unused = findings or Findings(), [], None, {}
     try:
         for place, record in read_records(path, found):
-            empty = False
             try:
-                row, used = read_record(record, fields, place, found)
+                row, used = read_record(record, (question_field, answer_field, split_field), place, found)
+                rows += [row] if row else []
+                unused |= {str(key): None for key in record if key not in used}
             except BadInput as problem:
                 found.problem(problem, place)
-                continue
-            unused.update(str(key) for key in record if key not in used)
-            rows += [row] if row else []
-        if empty and not found.problems:
+        if place is None:
             raise BadInput("holds no rows")
-    except BadInput as problem:
-        found.problem(problem, str(path))
+    except (BadInput, OSError, ValueError) as problem:  # ValueError: a path that no file can have
+        found.problem(getattr(problem, "strerror", problem), str(path))
     if unused:
         found.note(f"{path}: columns not used: {', '.join(clean(key)[:40] or '(no name)' for key in unused)}")
     if findings is None:
@@ -623,63 +611,57 @@ def read_record(record: Any, fields: tuple, place: str, found: Findings) -> tupl
         if (other := keys.setdefault(str(key).strip().casefold(), key)) != key:
             raise BadInput(f"has both {clean(str(other))!r} and {clean(str(key))!r}; remove or rename one")
     there = ", ".join(clean(str(key).strip())[:40] for key in list(record)[:12]) or "nothing"
-
-    def column(name: str) -> Any:
-        if name.strip().casefold() not in keys:
-            raise BadInput(f"has no column {name!r}; it has: {there}")
-        return keys[name.strip().casefold()]
-
-    question_field, answer_field, split_field = fields
-    split, used = None, set()
-    if split_field:
-        used, value = {column(split_field)}, record[column(split_field)]
-        split = "" if value is None else str(value).strip().casefold()
+    if missing := [name for name in fields if name and name.strip().casefold() not in keys]:
+        raise BadInput(f"has no column {missing[0]!r}; it has: {there}")
+    question_field, answer_field, split_field = (keys[name.strip().casefold()] if name else None for name in fields)
+    split = None
+    if split_field is not None:
+        split = "" if record[split_field] is None else str(record[split_field]).strip().casefold()
         if not split or split in EMPTY_SIGNS:
-            raise BadInput(f"{split_field!r} is empty; say in each row which side it is on")
-    pair = next(((keys[q], keys[a]) for q, a in PAIRS if q in keys and a in keys), None)
-    if question_field and answer_field:
-        pair = (column(question_field), column(answer_field))
-    elif listed := next((keys[name] for name in ("messages", "conversations") if name in keys), None):
-        return to_row(read_turns(record[listed], listed), place, split, found), used | {listed}
-    if pair is None:
+            raise BadInput(f"{fields[2]!r} is empty; say in each row which side it is on")
+    pair = next(((keys[q], keys[a]) for q, a in PAIRS if q in keys and a in keys), ())
+    turns = next((keys[name] for name in ("messages", "conversations") if name in keys), None)
+    if question_field is not None and answer_field is not None:
+        pair, turns = (question_field, answer_field), None
+    if turns:
+        return to_row(read_turns(record[turns], turns), place, split, found), {split_field, turns}
+    if not pair:
         raise BadInput(
             "has no question and answer, prompt and completion, instruction and output, messages or conversations; "
             f"it has: {there}. Name yours with --question-field and --answer-field"
         )
     question, answer = (record[name] for name in pair)
-    used |= set(pair)
     if isinstance(question, list) and isinstance(answer, list):  # TRL's conversational layout
-        return to_row(read_turns(question + answer, pair[1]), place, split, found), used
+        return to_row(read_turns(question + answer, pair[1]), place, split, found), {split_field, *pair}
     question, answer = (string(record[name], name) for name in pair)
     if [question.casefold(), answer.casefold()] == [str(name).strip().casefold() for name in pair]:
         found.note("repeated header lines left out", place)  # two files pasted together
         return None, set(record)
-    if pair[0] == keys.get("instruction") and "input" in keys:  # Alpaca
-        used.add(keys["input"])
-        if (extra := record[keys["input"]]) is not None and str(extra).strip():
-            question += "\n\n" + string(extra, "input")
-    return to_row([("user", question, 1), ("assistant", answer, 1)], place, split, found), used
+    extra = keys.get("input") if pair[0] == keys.get("instruction") else None  # Alpaca
+    if extra is not None and record[extra] is not None and str(record[extra]).strip():
+        question += "\n\n" + string(record[extra], "input")
+    return to_row([("user", question, 1), ("assistant", answer, 1)], place, split, found), {split_field, extra, *pair}
 
 
 def to_row(turns: list[tuple[str, str, int]], place: str, split: str | None, found: Findings) -> Row | None:
     """Turns of (role, text, weight) -> Row, with the text checked. The last trained answer is what is measured."""
-    trained = [n for n, (role, _, weight) in enumerate(turns) if role == "assistant" and weight]
-    if not trained:
+    answers = {n: weight for n, (role, _, weight) in enumerate(turns) if role == "assistant"}
+    if not any(answers.values()):
         found.note('left out because every answer has "weight": 0', place)
         return None
-    turns = turns[: trained[-1] + 1]  # nothing behind the last trained answer teaches anything
-    texts = [ftfy.fixes.fix_c1_controls(text) for _, text, _ in turns]
-    if texts != [text for _, text, _ in turns]:
-        found.note("Windows-1252 quotes and dashes mended", place)
-    for text in texts:
+    last = max(n for n, weight in answers.items() if weight)  # nothing behind it teaches anything
+    messages = [{"role": role, "content": ftfy.fixes.fix_c1_controls(text)} for role, text, _ in turns[: last + 1]]
+    for message, (_, said, _) in zip(messages, turns, strict=False):
+        text = message["content"]
+        if text != said:
+            found.note("Windows-1252 quotes and dashes mended", place)
         if odd := CONTROL.search(text):
             raise BadInput(f"holds the control or broken character U+{ord(odd[0]):04X}; remove it")
         if not text.isascii() and ftfy.fix_encoding(text) != text:
             found.note("text that looks garbled (UTF-8 once read as another encoding) is trained as it stands", place)
         if html.unescape(text) != text or HTML_TAG.search(text):
             found.note("HTML tags or entities are trained as they stand", place)
-    messages = [{"role": role, "content": text} for (role, *_), text in zip(turns, texts, strict=True)]
-    untrained = frozenset(n for n, (role, _, weight) in enumerate(turns) if role == "assistant" and not weight)
+    untrained = frozenset(n for n, weight in answers.items() if n < last and not weight)
     return Row(tuple(messages[:-1]), messages[-1]["content"], place, split, untrained)
 
 
@@ -695,43 +677,40 @@ def read_turns(turns: Any, name: str) -> list[tuple[str, str, int]]:
         if unknown := [key for key, v in turn.items() if key not in TURN_KEYS and v not in (None, "", [], {})]:
             raise BadInput(f"{where} has {clean(str(unknown[0]))!r}, which is not trained here; remove it")
         said = [key for key in ("content", "value") if turn.get(key) is not None]
-        who = [turn[key] for key in ("role", "from") if turn.get(key) is not None]
+        who = [str(turn[key]).strip() for key in ("role", "from") if turn.get(key) is not None]
         if len(said) != 1 or len(who) != 1:
             raise BadInput(f"{where} needs 'role' and 'content', or 'from' and 'value'")
-        role, weight = ROLES.get(str(who[0]).strip().lower()), turn.get("weight")
+        role, weight = ROLES.get(who[0].lower()), turn.get("weight")
         if role is None:
-            raise BadInput(f"{where} is by {clean(str(who[0]))!r}; known: {', '.join(ROLES)}")
+            raise BadInput(f"{where} is by {clean(who[0])!r}; known: {', '.join(ROLES)}")
         if weight not in (None, 0, 1):
             raise BadInput(f"{where} has the weight {clean(str(weight))!r}; it must be 0 or 1")
         due = "assistant" if result and result[-1][0] == "user" else "user"
         if role != due and not (role == "system" and number == 1):
             order = "the order is: system (if any), user, assistant, user, assistant, ..."
             raise BadInput(f"{where} is by the {role}, but it is the {due}'s turn; {order}")
-        text = turn_text(turn[said[0]], f"{said[0]} of turn {number}")
+        text = string(turn[said[0]], f"{said[0]} of turn {number}")
         result.append((role, text, 1 if weight is None else int(weight)))
     if result[-1][0] != "assistant":
         raise BadInput(f"{name!r} does not end with an answer by the assistant")
     return result
 
 
-def turn_text(value: Any, name: str) -> str:
-    """A turn's text, which may come as a list of text parts."""
+def string(value: Any, name: str) -> str:
+    """A text, which may come as a list of text parts. Raises BadInput where there is none."""
     if isinstance(value, list) and value:
         kinds = [part.get("type") if isinstance(part, dict) else kind_of(part) for part in value]
         if other := [kind for kind in kinds if kind != "text"]:
             raise BadInput(f"{name!r} has a part that is no text ({clean(str(other[0]))}); only text is trained here")
         value = "".join(str(part.get("text") or "") for part in value)
-    return string(value, name)
-
-
-def string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise BadInput(f"{name!r} is {kind_of(value)}, but text is needed")
-    if not value.strip():
+    value = NEWLINE.sub("\n", value.strip())
+    if not value:
         raise BadInput(f"{name!r} is empty")
-    if value.strip().casefold() in EMPTY_SIGNS:
+    if value.casefold() in EMPTY_SIGNS:
         raise BadInput(f"{name!r} is only a sign for an empty cell, like NULL, nan or #REF!; fill it in or remove it")
-    return value.strip().replace("\r\n", "\n").replace("\r", "\n")
+    return value
 
 
 def kind_of(value: Any) -> str:
