@@ -363,11 +363,8 @@ CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffd\ud800-\ud
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # these reorder the text around them, on a screen or a page
 NEWLINE = re.compile(r"\r\n|\r|\n")
 MAX_PROBLEMS_SHOWN = 20
-FILE_KINDS = {  # how files begin that are not text
-    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or .xlsx", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
-    b"7z\xbc\xaf": "7z", b"Rar!": "rar", b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "old Excel or Word", b"PAR1": "Parquet",
-    b"SQLite format 3": "SQLite", b"GGUF": "GGUF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG",
-}  # fmt: skip
+NO_TEXT = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or .xlsx", b"%PDF": "PDF"}  # how such files begin
+NO_TEXT |= {b"\xd0\xcf\x11\xe0": "old Excel or Word", b"PAR1": "Parquet", b"GGUF": "GGUF", b"\x89PNG": "PNG"}
 
 
 class Findings:
@@ -394,9 +391,10 @@ class Findings:
             (first, text), *more = sorted(places, key=lambda place: [int(n) for n in re.findall(r"\d+", place[0])])
             others = ", ".join(place.rpartition(", ")[2] for place, _ in more[:4]) + ", ..." * (len(more) > 4)
             lines.append(f"{first}{f' and {len(more)} more ({others})' if more else ''}: {text}")
+        if left := len(lines[MAX_PROBLEMS_SHOWN:]):
+            lines[MAX_PROBLEMS_SHOWN:] = [f"... and {left} more"]
         if lines:
-            left = [f"... and {len(lines) - MAX_PROBLEMS_SHOWN} more"] if len(lines) > MAX_PROBLEMS_SHOWN else []
-            raise BadInput("\n".join(lines[:MAX_PROBLEMS_SHOWN] + left))
+            raise BadInput("\n".join(lines))
 
     def note_lines(self) -> list[str]:
         """Each note with the number of its rows and the first place."""
@@ -407,57 +405,61 @@ class Findings:
 
 
 def read_records(path: Path, found: Findings) -> Iterable[tuple[str, Any]]:
-    """(place, record) of each row, whatever the format. A row that cannot be read is the record {None: the reason}.
-
+    """(place, record) of each row, whatever the format. The record of a row that cannot be read is {None: the reason}.
     Raises BadInput or OSError where the file as a whole cannot be read.
     """
     raw, kind = path.read_bytes(), path.suffix.lower()
     if kind in (".xlsx", ".xlsm", ".parquet"):
         try:
-            loaded = parquet.read_table(path).to_pylist() if kind == ".parquet" else sheet_rows(path, found)
+            if kind == ".parquet":
+                return numbered(path, parquet.read_table(path).to_pylist())
+            sheet, *others = openpyxl.load_workbook(path, data_only=True).worksheets
+            cells = [["" if cell is None else str(cell) for cell in line] for line in sheet.values]
         except Exception as error:  # a damaged file raises whatever the readers of its zip, XML and columns do
             what = f"is no {'Parquet file' if kind == '.parquet' else 'workbook'} that can be read"
             raise BadInput(f"{what} ({type(error).__name__}: {brief(error)}); save it again, or as .csv") from None
-        if kind != ".parquet":
-            return table_records(path, iter(loaded))
-    else:
-        text = decode(raw)
-        if raw.startswith(codecs.BOM_UTF8):
-            found.note(f"{path}: starts with a byte order mark, ignored")
-        if kind in (".csv", ".tsv"):
-            return table_records(path, csv_rows(text))
-        if kind in (".jsonl", ".ndjson"):
-            if not re.match(r"\s*\[\s*\{", text):
-                lines = enumerate(NEWLINE.split(text), 1)
-                return ((f"{path}, line {n}", parse_json(line, n)) for n, line in lines if line.strip())
-            found.note(f"{path}: is one JSON list, not an object a line; read as such")
-        elif kind != ".json":
-            raise BadInput(f"unknown format {kind or '(no ending)'!r}; take .json, .jsonl, .csv, .xlsx or .parquet")
-        loaded = parse_json(text)
+        if others:
+            found.note(f"{path}: only the first of {len(others) + 1} sheets is read: {clean(sheet.title)}")
+        return table_records(path, iter(cells))
+    text = decode(raw)
+    if raw.startswith(codecs.BOM_UTF8):
+        found.note(f"{path}: starts with a byte order mark, ignored")
+    if kind in (".csv", ".tsv"):
+        return table_records(path, csv_rows(text))
+    if kind in (".jsonl", ".ndjson"):
+        if not re.match(r"\s*\[\s*\{", text):
+            lines = enumerate(NEWLINE.split(text), 1)
+            return ((f"{path}, line {n}", parse_json(line, "")) for n, line in lines if line.strip())
+        found.note(f"{path}: is one JSON list, not an object a line; read as such")
+    elif kind != ".json":
+        raise BadInput(f"unknown format {kind or '(no ending)'!r}; take .json, .jsonl, .csv, .xlsx or .parquet")
+    loaded = parse_json(text)
     if not isinstance(loaded, list):
         needed = f"the top level is {kind_of(loaded)}, but a list of rows is needed: [{{...}}, ...]"
         raise BadInput(loaded.get(None, needed) if isinstance(loaded, dict) else needed)
-    return ((f"{path}, row {n}", record) for n, record in enumerate(loaded, 1))
+    return numbered(path, loaded)
+
+
+def numbered(path: Path, records: list) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
 
 
 def decode(raw: bytes) -> str:
     """UTF-8 text of a file, without its byte order mark. Raises BadInput that says what the file is instead."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or raw[:2].count(0) == 1:
         raise BadInput("is UTF-16 (its first bytes say so); save it as UTF-8")
-    if kind := next((kind for start, kind in FILE_KINDS.items() if raw.startswith(start)), None):
-        raise BadInput(f"is {kind}, not text; unpack it, or export it as .csv, .jsonl, .xlsx or .parquet")
+    if kinds := [kind for start, kind in NO_TEXT.items() if raw.startswith(start)]:
+        raise BadInput(f"is {kinds[0]}, not text; unpack it, or export it as .csv, .jsonl, .xlsx or .parquet")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
-        fault = f"line {line}: byte 0x{byte:02x} is not UTF-8 (perhaps Windows-1252)"
-        raise BadInput(f"{fault}; save it as UTF-8") from None
+        fault = f"byte 0x{byte:02x} is not UTF-8 (perhaps Windows-1252)"
+        raise BadInput(f"line {line}: {fault}; save it as UTF-8") from None
 
 
-def parse_json(text: str, line: int = 1) -> Any:
-    """Parse JSON that begins in this line of a file. What has a fault (broken, a key that stands twice, a huge number)
-    becomes {None: the reason}, so that the caller can name the row.
-    """
+def parse_json(text: str, where: str = "line {}, ") -> Any:
+    """Parse JSON. What is broken, has a key twice or a huge number becomes {None: why}; `where` names its line."""
 
     def check_keys(pairs: list[tuple[str, Any]]) -> dict:
         values = [v for _, value in pairs for v in (value if isinstance(value, list) else [value])]
@@ -472,9 +474,8 @@ def parse_json(text: str, line: int = 1) -> Any:
     try:
         return json.loads(text, object_pairs_hook=check_keys, parse_int=parse_integer)
     except json.JSONDecodeError as error:
-        lines = error.msg == "Extra data" and NEWLINE.search(text)
-        hint = "; one object a line is JSON Lines: name it .jsonl" if lines else ""
-        return {None: f"broken JSON at line {line + error.lineno - 1}, column {error.colno}: {error.msg}{hint}"}
+        hint = "; one object a line is JSON Lines: name it .jsonl" if where and error.msg == "Extra data" else ""
+        return {None: f"broken JSON at {where.format(error.lineno)}column {error.colno}: {error.msg}{hint}"}
     except RecursionError:
         return {None: "broken JSON: nested too deeply"}
 
@@ -483,19 +484,11 @@ def read_json(path: Path) -> Any:
     """A JSON file. Raises BadInput that names it."""
     try:
         loaded = parse_json(decode(path.read_bytes()))
-    except (BadInput, OSError) as problem:
+        if isinstance(loaded, dict) and None in loaded:
+            raise BadInput(loaded[None])
+    except (BadInput, OSError, ValueError) as problem:
         raise BadInput(f"{path}: {getattr(problem, 'strerror', problem)}") from None
-    if isinstance(loaded, dict) and None in loaded:
-        raise BadInput(f"{path}: {loaded[None]}")
     return loaded
-
-
-def sheet_rows(path: Path, found: Findings) -> list[list[str]]:
-    """Cells of the first sheet of a workbook, as text."""
-    sheet, *others = openpyxl.load_workbook(path, data_only=True).worksheets
-    if others:
-        found.note(f"{path}: only the first of {len(others) + 1} sheets is read: {clean(sheet.title)}")
-    return [["" if cell is None else str(cell) for cell in cells] for cells in sheet.values]
 
 
 def csv_rows(text: str) -> Iterator[list[str]]:
@@ -545,7 +538,8 @@ def table_records(path: Path, rows: Iterator[list[str]]) -> Iterator[tuple[str, 
 # ----------------------------------------------------------------------------------------------------------------------
 # Read rows: takes records in any known layout, gives Rows. What cannot be trained as it stands is an error.
 
-PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
+# The columns of each layout that is known; the first that a row has is taken.
+LAYOUTS = (["messages"], ["conversations"], ["question", "answer"], ["prompt", "completion"], ["instruction", "output"])
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TURN_KEYS = {"role", "from", "content", "value", "weight"}
 # What spreadsheets and programs write where there is nothing: never an answer that somebody wants to train.
@@ -619,28 +613,30 @@ def read_record(record: Any, fields: tuple, place: str, found: Findings) -> tupl
         split = "" if record[split_field] is None else str(record[split_field]).strip().casefold()
         if not split or split in EMPTY_SIGNS:
             raise BadInput(f"{fields[2]!r} is empty; say in each row which side it is on")
-    pair = next(((keys[q], keys[a]) for q, a in PAIRS if q in keys and a in keys), ())
-    turns = next((keys[name] for name in ("messages", "conversations") if name in keys), None)
+    used = next(([keys[name] for name in layout] for layout in LAYOUTS if keys.keys() >= set(layout)), None)
     if question_field is not None and answer_field is not None:
-        pair, turns = (question_field, answer_field), None
-    if turns:
-        return to_row(read_turns(record[turns], turns), place, split, found), {split_field, turns}
-    if not pair:
+        used = [question_field, answer_field]
+    if used is None:
         raise BadInput(
             "has no question and answer, prompt and completion, instruction and output, messages or conversations; "
             f"it has: {there}. Name yours with --question-field and --answer-field"
         )
-    question, answer = (record[name] for name in pair)
-    if isinstance(question, list) and isinstance(answer, list):  # TRL's conversational layout
-        return to_row(read_turns(question + answer, pair[1]), place, split, found), {split_field, *pair}
-    question, answer = (string(record[name], name) for name in pair)
-    if [question.casefold(), answer.casefold()] == [str(name).strip().casefold() for name in pair]:
-        found.note("repeated header lines left out", place)  # two files pasted together
-        return None, set(record)
-    extra = keys.get("input") if pair[0] == keys.get("instruction") else None  # Alpaca
-    if extra is not None and record[extra] is not None and str(record[extra]).strip():
-        question += "\n\n" + string(record[extra], "input")
-    return to_row([("user", question, 1), ("assistant", answer, 1)], place, split, found), {split_field, extra, *pair}
+    values = [record[name] for name in used]
+    if len(used) == 1:
+        turns = read_turns(values[0], used[0])
+    elif all(isinstance(value, list) for value in values):  # TRL's conversational layout
+        turns = read_turns(values[0] + values[1], used[1])
+    else:
+        question, answer = map(string, values, used)
+        if [question.casefold(), answer.casefold()] == [str(name).strip().casefold() for name in used]:
+            found.note("repeated header lines left out", place)  # two files pasted together
+            return None, set(record)
+        if used[0] == keys.get("instruction") and "input" in keys:  # Alpaca
+            used.append(keys["input"])
+            extra = record[used[2]]
+            question += "" if extra is None or not str(extra).strip() else f"\n\n{string(extra, 'input')}"
+        turns = [("user", question, 1), ("assistant", answer, 1)]
+    return to_row(turns, place, split, found), {split_field, *used}
 
 
 def to_row(turns: list[tuple[str, str, int]], place: str, split: str | None, found: Findings) -> Row | None:
@@ -740,17 +736,20 @@ class Data:
 
 def load_data(config: Config) -> Data:
     """Read, check, deduplicate, split. Raises BadInput with every problem of every file."""
-    rows, files, found = [], [], Findings()
+    first: dict[tuple[str, str], Row] = {}  # of the rows that ask and answer the same
+    files, dropped, found = [], [], Findings()
     for path in map(expand, config.data):
         path = path if path != SAMPLE or path.exists() else HERE / SAMPLE  # the sample is found from anywhere
         own = read_rows(path, config.question_field, config.answer_field, config.split_field, found)
-        rows += own
         if not found.problems:
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             files.append({"path": without_home(path), "sha256": sha256, "rows": len(own)})
+        for row in own:
+            if (kept := first.setdefault((normalize(row.question), row.answer), row)) is not row:
+                place, reason = (without_home(text) for text in (row.place, f"repeats {kept.place}"))
+                dropped.append({"id": row.id, "place": place, "reason": reason})
     found.stop_on_problems()
-    rows, dropped = drop_repeats(rows)
-    names = ", ".join(str(path) for path in config.data)
+    rows, names = list(first.values()), ", ".join(map(str, config.data))
     if len(rows) < MIN_ROWS:
         why = "".join(f"; {note}" for note in found.note_lines())
         raise BadInput(f"{names}: {len(rows)} different rows, but at least {MIN_ROWS} are needed to hold some out{why}")
@@ -764,8 +763,11 @@ def load_data(config: Config) -> Data:
             where = f"in both train and held-out (column {config.split_field!r})"
             found.note(f"{both} near-duplicate groups are {where}: what is measured on them was trained")
     else:
-        train, held_out = split_groups(groups, config.eval_fraction, config.seed)
-        test = held_out
+        wanted, train, test = max(1, round(config.eval_fraction * len(rows))), [], []
+        for group in sorted(groups, key=lambda group: random_key(config.seed, min(row.id for row in group))):
+            side = test if len(test) + len(group) <= wanted else train
+            side += sorted(group, key=lambda row: row.id)
+        held_out = test
         if not held_out or not train:
             fault = f"its {len(rows)} rows are {len(groups)} groups of near-duplicates, too large to hold one out"
             raise BadInput(f"{names}: {fault}; add rows that ask something else, or split them with --split-field")
@@ -778,11 +780,10 @@ def load_data(config: Config) -> Data:
 
 def split_notes(data: Data, config: Config) -> list[str]:
     """What a reader of the numbers should know of this split: too few or too small a side, answers that dominate."""
-    notes, rows = [], data.train + data.test
-    wanted, held_out = config.eval_fraction * len(rows), len(data.test)
+    notes, rows, held_out = [], data.train + data.test, len(data.test)
+    wanted, sizes = config.eval_fraction * len(rows), Counter(data.group_of[row.id] for row in rows)
     if not config.split_field and held_out < 0.75 * wanted:
-        largest = max(Counter(data.group_of[row.id] for row in rows).values())
-        reason = f"near-duplicate groups of up to {largest} rows stay on one side"
+        reason = f"near-duplicate groups of up to {max(sizes.values())} rows stay on one side"
         notes.append(f"{held_out} rows are held out instead of {wanted:.0f}: {reason}")
     if (count := len({data.group_of[row.id] for row in data.test})) < MIN_GROUPS:
         notes.append(f"only {count} held-out questions that differ: too few to show whether training helps")
@@ -791,8 +792,8 @@ def split_notes(data: Data, config: Config) -> list[str]:
     if times > max(2, 0.1 * len(rows)):
         where = f"{clean(' '.join(common.split()))[:60]!r}, stands in {times} of {len(rows)} rows"
         notes.append(f"{len(answers)} different answers; the commonest, {where}")
-        shift = {answer: held[answer] / held_out - count / len(rows) for answer, count in answers.items()}
-        if abs(shift[worst := max(shift, key=lambda answer: abs(shift[answer]))]) > 0.15:
+        shift = {answer: abs(held[answer] / held_out - count / len(rows)) for answer, count in answers.items()}
+        if shift[worst := max(shift, key=shift.__getitem__)] > 0.15:
             sides = f"in {held[worst]} of {held_out} rows there, in {answers[worst]} of {len(rows)} in all"
             notes.append(f"the held-out side is unbalanced: {clean(worst)[:60]!r} stands {sides}")
         if new := sorted(held.keys() - {row.answer for row in data.train}):
@@ -806,22 +807,10 @@ def normalize(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def drop_repeats(rows: list[Row]) -> tuple[list[Row], list[dict]]:
-    seen: dict[tuple[str, str], Row] = {}
-    dropped = []
-    for row in rows:
-        first = seen.setdefault((normalize(row.question), row.answer), row)
-        if first is not row:
-            place, reason = (without_home(text) for text in (row.place, f"repeats {first.place}"))
-            dropped.append({"id": row.id, "place": place, "reason": reason})
-    return list(seen.values()), dropped
-
-
 def near_duplicate_groups(rows: list[Row]) -> list[list[Row]]:
     """Rows whose questions are nearly the same, or whose long and rare answers are: apart, they would leak.
 
-    Questions with different numbers in them are different questions ("item 7", "item 8"). A short or frequent answer,
-    a label say, ties nothing together.
+    Questions that differ in a number ("item 7", "item 8") are different. A short or frequent answer ties nothing.
     """
     questions = [normalize(row.question) for row in rows]
     numbers = [sorted(re.findall(r"\d+", question)) for question in questions]
@@ -836,12 +825,10 @@ def near_duplicate_groups(rows: list[Row]) -> list[list[Row]]:
         alike &= rapidfuzz.process.cdist(keys[part], keys, **how) >= ALIKE_RARE
         pairs = ((start + int(left), int(right)) for left, right in zip(*alike.nonzero(), strict=True))
         ties.add_edges_from(pair for pair in pairs if numbers[pair[0]] == numbers[pair[1]])
-    with_answer: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        with_answer.setdefault(row.answer, []).append(index)
-    for answer, places in with_answer.items():
-        if len(answer.split()) >= TELLING_WORDS and len(places) <= max(2, TELLING_SHARE * len(rows)):
-            networkx.add_path(ties, places)
+    times, first = Counter(row.answer for row in rows), {}
+    for index, answer in enumerate(row.answer for row in rows):
+        if len(answer.split()) >= TELLING_WORDS and times[answer] <= max(2, TELLING_SHARE * len(rows)):
+            ties.add_edge(first.setdefault(answer, index), index)
     return [[rows[index] for index in sorted(group)] for group in networkx.connected_components(ties)]
 
 
@@ -850,23 +837,14 @@ def random_key(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
-def split_groups(groups: list[list[Row]], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Train and held out: whole groups, in random order."""
-    wanted = max(1, round(eval_fraction * sum(map(len, groups))))
-    train, held_out = [], []
-    for group in sorted(groups, key=lambda group: random_key(seed, min(row.id for row in group))):
-        (held_out if len(held_out) + len(group) <= wanted else train).extend(sorted(group, key=lambda row: row.id))
-    return train, held_out
-
-
 def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], list[Row]]:
     """Train, eval and test rows as the file says. Without test rows the eval rows are reported on, and the reverse."""
-    lists = (config.eval_values, config.test_values)
-    eval_values, test_values = ({value.strip().casefold() for value in values} for values in lists)
-    ordered = sorted(rows, key=lambda row: random_key(config.seed, row.id))
-    train = [row for row in ordered if row.split not in eval_values | test_values]
-    held_out = [row for row in ordered if row.split in eval_values]
-    test = [row for row in ordered if row.split in test_values]
+    side_of = {value.strip().casefold(): "test" for value in config.test_values}
+    side_of |= {value.strip().casefold(): "eval" for value in config.eval_values}
+    sides: dict[str, list[Row]] = {"train": [], "eval": [], "test": []}
+    for row in sorted(rows, key=lambda row: random_key(config.seed, row.id)):
+        sides[side_of.get(row.split, "train")].append(row)
+    train, held_out, test = sides.values()
     if not train or not (held_out or test):
         values = ", ".join(clean(str(value)) for value in sorted({row.split for row in rows})[:10])
         raise BadInput(
@@ -878,8 +856,7 @@ def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], 
 
 def saved_split(data: Data, run: dict, where: Path) -> Data:
     """The split of an earlier run, row by row and in its order. Raises BadInput if rows of it are gone."""
-    rows = {row.id: row for row in data.train + data.eval + data.test}
-    ids = run["data"]
+    rows, ids = {row.id: row for row in data.train + data.eval + data.test}, run["data"]
     wanted = {"train": ids["train_ids"], "eval": ids["eval_ids"], "test": ids.get("test_ids", ids["eval_ids"])}
     if gone := {row_id for side in wanted.values() for row_id in side} - set(rows):
         files = ", ".join(file["path"] for file in data.files)
@@ -904,10 +881,8 @@ class Example:
 
     @property
     def completion_mask(self) -> list[int]:
-        mask = [0] * self.prompt_length + [1] * (len(self.input_ids) - self.prompt_length)
-        for start, end in self.earlier:
-            mask[start:end] = [1] * (end - start)
-        return mask
+        spans = [*self.earlier, (self.prompt_length, len(self.input_ids))]
+        return [int(any(start <= n < end for start, end in spans)) for n in range(len(self.input_ids))]
 
 
 def load_tokenizer(folder: Path, name: str = "") -> Tokenizer:
@@ -949,45 +924,40 @@ def encode(tokenizer: Tokenizer, rows: list[Row], max_length: int) -> list[Examp
     examples, found = [], Findings()
     for row in rows:
         texts = [*(turn["content"] for turn in row.prompt), row.answer]
-        inside = next((token for token in special if any(token in text for text in texts)), None)
         try:
-            if inside:
-                raise BadInput(f"holds {inside!r}, which this model reads as a control token; remove it")
+            if inside := [token for token in special if any(token in text for text in texts)]:
+                raise BadInput(f"holds {inside[0]!r}, which this model reads as a control token; remove it")
             examples.append(to_example(tokenizer, row))
             check_example(tokenizer, examples[-1])
         except BadInput as problem:
             found.problem(problem, row.place)
-    if long := [example for example in examples if len(example.input_ids) > max_length]:
-        most = max(len(example.input_ids) for example in long)
-        for tokens, place in ((len(example.input_ids), example.row.place) for example in long):
+    most = max((len(example.input_ids) for example in examples), default=0)
+    for example in examples:
+        if (tokens := len(example.input_ids)) > max_length:
             cut = f"has {tokens} tokens, so {tokens - max_length} of its answer would be cut"
-            found.problem(f"{cut}; shorten it or give --max-length {most}", place)
+            found.problem(f"{cut}; shorten it or give --max-length {most}", example.row.place)
     found.stop_on_problems()
     return examples
 
 
 def to_example(tokenizer: Tokenizer, row: Row) -> Example:
     """A row in tokens, with the span of each trained answer. Raises BadInput where the template shifts the labels."""
-    turns = [*row.prompt, {"role": "assistant", "content": row.answer}]
-    input_ids, spans = until_eos(tokenizer, turns), []
+    turns, parts = [*row.prompt, {"role": "assistant", "content": row.answer}], {}
     for number in (n for n, turn in enumerate(turns) if turn["role"] == "assistant"):
         prompt = chat_ids(tokenizer, turns[:number], add_generation_prompt=True)
-        whole = until_eos(tokenizer, turns[: number + 1]) if number < len(turns) - 1 else input_ids
+        whole = chat_ids(tokenizer, turns[: number + 1], add_generation_prompt=False)
+        # Up to EOS: ChatML puts a newline behind it, which TRL would teach and no reader ever sees.
+        ends = [n for n, token in enumerate(whole, 1) if token == tokenizer.eos_token_id and n > len(prompt)]
+        parts[number] = (prompt, whole[: max(ends, default=len(whole))])
+    last = len(turns) - 1
+    start, input_ids = len(parts[last][0]), parts[last][1]
+    for prompt, whole in parts.values():
         if input_ids[: len(prompt)] != prompt:
             raise BadInput("the template renders a question differently once its answer follows: the mask would be off")
         if input_ids[: len(whole)] != whole:
             raise BadInput("the template renders an answer differently once a question follows: the mask would be off")
-        spans.append((number, len(prompt), len(whole)))
-    *earlier, (_, start, _) = spans
-    return Example(row, input_ids, start, tuple((a, b) for number, a, b in earlier if number not in row.untrained))
-
-
-def until_eos(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
-    """Token ids up to the last EOS. ChatML puts a newline behind it, which TRL would teach and no reader ever sees."""
-    ids = chat_ids(tokenizer, turns, add_generation_prompt=False)
-    question = len(chat_ids(tokenizer, turns[:-1], add_generation_prompt=True))
-    ends = [n for n, token in enumerate(ids) if token == tokenizer.eos_token_id and n >= question]
-    return ids[: ends[-1] + 1] if ends else ids
+    earlier = [(len(prompt), len(whole)) for n, (prompt, whole) in parts.items() if n not in {last, *row.untrained}]
+    return Example(row, input_ids, start, tuple(earlier))
 
 
 def check_example(tokenizer: Tokenizer, example: Example) -> None:
