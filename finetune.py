@@ -68,17 +68,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-class Lazy:
-    """A module that is imported at its first use, so that --help, --dry-run and bad flags answer at once.
+class Lazy(types.ModuleType):
+    """A module that is imported at its first use, so that --help, --dry-run and bad flags answer at once."""
 
-    (importlib.util.LazyLoader is not safe between threads before Python 3.12, and chat.py loads its model in one.)
-    """
-
-    def __init__(self, name: str):
-        self._name = name
-
+    # importlib.util.LazyLoader is not safe between threads before Python 3.12, and chat.py loads its model in one.
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        return getattr(importlib.import_module(self.__name__), attribute)
 
 
 torch, transformers, peft, trl, bitsandbytes = map(Lazy, ("torch", "transformers", "peft", "trl", "bitsandbytes"))
@@ -87,7 +82,7 @@ np, networkx, openpyxl, sacrebleu, gguf_lib = map(Lazy, ("numpy", "networkx", "o
 trainer_callback, safetensors_torch = Lazy("transformers.trainer_callback"), Lazy("safetensors.torch")
 benchmark = Lazy("torch.utils.benchmark")
 parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
-pre_tokenizers, tqdm = Lazy("tokenizers.pre_tokenizers"), Lazy("tqdm.auto")
+pre_tokenizers, tqdm, resource = map(Lazy, ("tokenizers.pre_tokenizers", "tqdm.auto", "resource"))
 
 GPU_MODEL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"  # NF4 already: 4.1 GB to fetch instead of 14.5, and not gated
 PREQUANTIZED = {"mistralai/Mistral-7B-Instruct-v0.2": GPU_MODEL}
@@ -98,13 +93,6 @@ SAMPLE = Path("data/faq_sample.json")
 GIB = 2**30
 # Under these environment variables libraries say less.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1"}
-
-# Defaults that depend on the model's size. Those for a 7B are the recipe that this project grew from ("the seed" in the
-# README). A small model needs a higher learning rate to move at all, and then overfits sooner: README, "The recipe".
-DEFAULTS_BY_SIZE = {
-    "1B parameters and more": {"learning_rate": 2e-4, "warmup_steps": 0, "num_train_epochs": 5},
-    "less than 1B parameters": {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 3},
-}
 
 console = Console(highlight=False)
 
@@ -163,10 +151,7 @@ class Config:
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Flags over --config over the run that --evaluate names over defaults. Raises BadInput with all that is wrong.
-
-    What a file says is turned into flags and put in front, where later flags win; so both pass the same checks.
-    """
+    """Flags over --config over the run that --evaluate names over defaults. Raises BadInput with all that is wrong."""
     options = {"prog": "finetune.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
     argv = [clean(word) for word in (sys.argv[1:] if argv is None else argv)]
     config, from_files = tyro.cli(Config, args=argv, **options), []
@@ -176,33 +161,32 @@ def parse(argv: list[str] | None = None) -> Config:
         from_files += flags_from_file(folder / "run.json", leave_out=("report_to", "require_improvement"))
     if config.config:
         from_files += flags_from_file(expand(config.config))
-    config = tyro.cli(Config, args=from_files + argv, **options)
+    config = tyro.cli(Config, args=from_files + argv, **options)  # later flags win, and all pass the same checks
     paths = {name: expand(value) for name, value in vars(config).items() if isinstance(value, Path)}
     config = dataclasses.replace(config, **paths, data=tuple(map(expand, config.data)))
     tracker = config.report_to
-    rules = [
-        (config.data, "--data needs at least one file"),
-        (config.target_modules, "--target-modules needs at least one name"),
-        (bool(config.question_field) == bool(config.answer_field), "--question-field and --answer-field go together"),
-        (not (config.evaluate and config.dry_run), "--evaluate cannot be combined with --dry-run"),
-        (not (config.evaluate and config.resume), "--evaluate cannot be combined with --resume"),
-        (tracker == "none" or importlib.util.find_spec(tracker), f"--report-to {tracker}: pip install {tracker} first"),
-    ]
-    if problems := check_bounds(config) + [message for fine, message in rules if not fine]:
+    rules = {
+        "--data needs at least one file": config.data,
+        "--target-modules needs at least one name": config.target_modules,
+        "--question-field and --answer-field go together": bool(config.question_field) == bool(config.answer_field),
+        "--evaluate cannot be combined with --dry-run": not (config.evaluate and config.dry_run),
+        "--evaluate cannot be combined with --resume": not (config.evaluate and config.resume),
+        f"--report-to {tracker}: pip install {tracker} first": tracker == "none" or importlib.util.find_spec(tracker),
+    }
+    if problems := check_bounds(config) + [rule for rule, fine in rules.items() if not fine]:
         raise BadInput("\n".join(problems))
     return config
 
 
 def check_bounds(config: Any) -> list[str]:
     """What lies outside the bounds that a dataclass's annotations give: "--lora-r must be at least 1"."""
-    kinds = [("at least", "ge"), ("above", "gt"), ("at most", "le"), ("below", "lt")]  # of annotated_types and operator
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as annotated_types and operator say it
     problems = []
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        marks = getattr(hint, "__metadata__", ())
-        bounds = [(word, key, getattr(mark, key)) for mark in marks for word, key in kinds if hasattr(mark, key)]
-        value = getattr(config, name)
-        if value is not None and not all(getattr(operator, key)(value, limit) for _, key, limit in bounds):
-            limits = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
+        marks, value = getattr(hint, "__metadata__", ()), getattr(config, name)
+        bounds = [(key, getattr(mark, key)) for mark in marks for key in words if hasattr(mark, key)]
+        if value is not None and not all(getattr(operator, key)(value, limit) for key, limit in bounds):
+            limits = " and ".join(f"{words[key]} {limit}" for key, limit in bounds)
             problems.append(f"--{name.replace('_', '-')} must be {limits}")
     return problems
 
@@ -222,9 +206,8 @@ def flags_from_file(path: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
         loaded = loaded["config"] | {"output_dir": None}  # its folder stands already
     if not isinstance(loaded, dict):
         raise BadInput(f"--config {path}: the top level must be keys and values, like `learning_rate: 1e-4`")
-    names = [field.name for field in dataclasses.fields(Config) if field.name != "config"]
-    if unknown := [repr(key) for key in loaded if key not in names]:
-        known = [repr(name) for name in names]
+    known = [repr(field.name) for field in dataclasses.fields(Config) if field.name != "config"]
+    if unknown := [repr(key) for key in loaded if repr(key) not in known]:
         raise BadInput("\n".join(f"--config {path}: unknown key {key}{nearest(key, known)}" for key in unknown))
     flags = []
     for key, value in loaded.items():
@@ -235,9 +218,14 @@ def flags_from_file(path: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
 
 
 def fill_defaults(config: Config, source: Source) -> Config:
-    """The model's name, and the defaults that depend on its size."""
-    size = "less than 1B parameters" if count_weights(source.config, config).total < 1e9 else "1B parameters and more"
-    missing = {key: value for key, value in DEFAULTS_BY_SIZE[size].items() if getattr(config, key) is None}
+    """The model's name, and the defaults that depend on its size: those for a 7B are the seed's (README, "The recipe").
+
+    A small model needs a higher learning rate to move at all, and then overfits sooner.
+    """
+    defaults = {"learning_rate": 2e-4, "warmup_steps": 0, "num_train_epochs": 5}
+    if count_weights(source.config, config).total < 1e9:
+        defaults = {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 3}
+    missing = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     return dataclasses.replace(config, **missing, model=source.id)
 
 
@@ -2279,8 +2267,7 @@ library_log: TextIO | None = None  # where file descriptors 1 and 2 go while own
 def say(label: str, text: str) -> None:
     """One line on the screen: label in a column of ten, text wrapped beside it."""
     if not console.is_terminal:
-        console.print(f"{label:<10}{clean(text)}", soft_wrap=True, markup=False)
-        return
+        return console.print(f"{label:<10}{clean(text)}", soft_wrap=True, markup=False)
     grid = Table.grid()
     grid.add_column(width=10)
     grid.add_row(Text(label, style="bold"), Text(clean(text)))
@@ -2331,7 +2318,7 @@ def report_progress(what: str, done: int, total: int) -> None:
 
 
 def show_data(config: Config, data: Data) -> None:
-    names = ", ".join(str(path) for path in config.data)
+    names = ", ".join(map(str, config.data))
     groups = f", {data.groups} near-duplicate groups kept whole" if data.groups else ""
     share = len(data.eval) / (len(data.train) + len(data.eval))
     sides = f"{len(data.train)} train, {len(data.eval)} held out ({share:.0%})"
@@ -2344,11 +2331,10 @@ def show_data(config: Config, data: Data) -> None:
 def show_example(tokenizer: Tokenizer, example: Example) -> None:
     """One row as the model reads it: trained tokens in green, masked ones dim; bracketed where there are no colours."""
     text, mask = Text(), example.completion_mask
-    edges = [0, *(n for n in range(1, len(mask)) if mask[n] != mask[n - 1]), len(mask)]
-    for start, end in itertools.pairwise(edges):
-        part = clean(tokenizer.decode(example.input_ids[start:end]))
-        part = part if console.is_terminal or not mask[start] else f"[[trained:] {part}]"
-        text.append(part, style="bold green" if mask[start] else "dim")
+    for trained, run in itertools.groupby(range(len(mask)), mask.__getitem__):
+        part = clean(tokenizer.decode([example.input_ids[n] for n in run]))
+        part = part if console.is_terminal or not trained else f"[[trained:] {part}]"
+        text.append(part, style="bold green" if trained else "dim")
     counts = f"{mask.count(0)} tokens masked (dim), {mask.count(1)} trained (green, with EOS)"
     say("Example", f"{example.row.place}: {counts}")
     console.print(text, soft_wrap=not console.is_terminal)
@@ -2356,13 +2342,13 @@ def show_example(tokenizer: Tokenizer, example: Example) -> None:
 
 def show_lengths(examples: list[Example]) -> None:
     lengths = [len(example.input_ids) for example in examples]
-    width = max(8, math.ceil((max(lengths) + 1 - min(lengths)) / 10))
-    low = min(lengths) // width * width
-    bins = Counter((length - low) // width for length in lengths)
-    say("Lengths", f"{min(lengths)} to {max(lengths)} tokens, mean {mean(lengths):.0f}")
-    for start, count in ((low + number * width, bins[number]) for number in range(max(bins) + 1)):
-        bar = "█" * math.ceil(40 * count / max(bins.values()))
-        console.print(f"{start:>10}-{start + width - 1:<5} {count:>4} {bar}", soft_wrap=True)
+    low, high = min(lengths), max(lengths)
+    say("Lengths", f"{low} to {high} tokens, mean {mean(lengths):.0f}")
+    width = max(8, (high - low) // 10 + 1)
+    counts = Counter((length - low) // width for length in lengths)
+    for number in range(max(counts) + 1):
+        start, bar = low + number * width, "█" * math.ceil(40 * counts[number] / max(counts.values()))
+        console.print(f"{start:>10}-{start + width - 1:<5} {counts[number]:>4} {bar}", soft_wrap=True)
 
 
 def show_plan(plan: Plan, config: Config) -> None:
@@ -2380,13 +2366,10 @@ def show_result(run: dict) -> None:
     training, evaluation = run["training"], run["evaluation"]
     vram, ram = training["peak_vram_gib"], training["peak_ram_gib"]
     memory = f"{ram:.1f} GiB of RAM" if vram is None else f"{vram:.1f} GiB of GPU memory"
+    loss = f"loss {training['first_loss']:.2f} -> {training['last_loss']:.2f} in {training['seconds']:.0f} s"
+    speed = f"{training['tokens_per_second']:.0f} tokens/s, {memory} at most"
     show_evaluation(evaluation)
-    say(
-        "Training",
-        f"loss {training['first_loss']:.2f} -> {training['last_loss']:.2f} in {training['seconds']:.0f} s, "
-        f"{training['tokens_per_second']:.0f} tokens/s, {memory} at most; "
-        f"measuring took {evaluation['seconds']:.0f} s",
-    )
+    say("Training", f"{loss}, {speed}; measuring took {evaluation['seconds']:.0f} s")
     shown = evaluation["questions"][0]
     texts = {"Question": shown["question"], "Reference": shown["reference"]}
     for label, text in (texts | {arm.capitalize(): shown["arms"][arm]["answer"] for arm in STAGES}).items():
@@ -2415,37 +2398,32 @@ def own_screen(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
     An unforeseen failure goes there in full, and says where that is.
     """
     global library_log
-    kept, width = (sys.stdout, sys.stderr), shutil.get_terminal_size().columns
+    kept, width, files = (sys.stdout, sys.stderr), shutil.get_terminal_size().columns, []
     how = {"encoding": getattr(sys.stdout, "encoding", None) or "utf-8", "errors": "replace", "buffering": 1}
-    saved = []
     for number, stream in enumerate(kept, 1):
         with contextlib.suppress(AttributeError):  # None: it was closed before Python began
             stream.flush()
         try:
-            saved.append(os.dup(number))
+            real = os.dup(number)
         except OSError:
-            saved.append(os.open(os.devnull, os.O_WRONLY))
-    screen, errors = (os.fdopen(os.dup(fd), "w", **how) for fd in saved)
-    library_log = screen  # so that log_to() knows that it is open
+            real = os.open(os.devnull, os.O_WRONLY)
+        files.append(os.fdopen(real, "w", **how))
+    library_log = console.file = files[0]  # no longer None, so that log_to() knows that it is open
     log_to(log)
-    console.file = screen
     if console.is_terminal:
         console.width = width  # rich would ask the log how wide it is
     try:
-        yield screen, errors
+        yield files[0], files[1]
     except Exception as error:
         if not isinstance(error, (BadInput, BrokenPipeError)):
             traceback.print_exc(file=library_log)
             error.add_note(f"The traceback is in {library_log.name}.")
         raise
     finally:
-        for number, fd in enumerate(saved, 1):
-            os.dup2(fd, number)
-            os.close(fd)
-        (sys.stdout, sys.stderr), console.file = kept, None
-        library_log = None
-        for file in (screen, errors):
+        (sys.stdout, sys.stderr), console.file, library_log = kept, None, None
+        for number, file in enumerate(files, 1):
             with contextlib.suppress(OSError, ValueError):  # a pipe whose reader has left
+                os.dup2(file.fileno(), number)
                 file.close()
 
 
@@ -2453,10 +2431,10 @@ def log_to(path: Path | None) -> None:
     """Libraries' output goes on in this file; None: nowhere. Does nothing where own_screen() is not open."""
     global library_log
     if library_log is not None:
-        library_log = Path(path or os.devnull).open("a", encoding="utf-8", errors="replace", buffering=1)
+        how = {"encoding": "utf-8", "errors": "replace", "buffering": 1}
+        library_log = sys.stdout = sys.stderr = Path(path or os.devnull).open("a", **how)
         for number in (1, 2):
             os.dup2(library_log.fileno(), number)
-        sys.stdout = sys.stderr = library_log
 
 
 def memory_now() -> float:
@@ -2468,8 +2446,6 @@ def peak_ram() -> float:
     """GiB of RAM at the peak of this process."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / GIB
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
@@ -2506,31 +2482,30 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal or file that is not UTF-8
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    log, code, lines = None, 0, []
+    log, code, said = None, 0, ""
     try:
         config = parse(argv)
-        handle, name = tempfile.mkstemp(prefix="finetune-", suffix=".log")
+        handle, log = tempfile.mkstemp(prefix="finetune-", suffix=".log")
         os.close(handle)
-        log = Path(name)
-        with own_screen(log):
+        with own_screen(Path(log)):
             job = dry_run if config.dry_run else evaluate_adapter if config.evaluate else run_evaluation
             run = job(config)
         if config.require_improvement and run and run["evaluation"]["verdict"]["label"] != "helped":
             code = 3
     except BadInput as problem:
-        code, lines = 2, [f"finetune.py: {clean(str(problem))}"]
+        code, said = 2, f"finetune.py: {clean(str(problem))}"
     except KeyboardInterrupt as stopped:
         code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-        lines = ["Interrupted. If training had begun, its last update is saved: add --resume to go on."]
+        said = "Interrupted. If training had begun, its last update is saved: add --resume to go on."
     except BrokenPipeError:  # the reader has seen enough: finetune.py --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
-        first = f"finetune.py: failed: {type(error).__name__}: {brief(error)}"
-        code, lines = 1, [first, *getattr(error, "__notes__", [])]
-    for line in lines:
-        errors.print(Text(line, style="red" if errors.is_terminal and code == 2 else ""))
-    if log and not any(str(log) in line for line in lines):
-        log.unlink(missing_ok=True)
+        code, said = 1, f"finetune.py: failed: {type(error).__name__}: {brief(error)}"
+        said = "\n".join([said, *getattr(error, "__notes__", [])])
+    if said:
+        errors.print(Text(said, style="red" if errors.is_terminal and code == 2 else ""))
+    if log and log not in said:
+        Path(log).unlink(missing_ok=True)
     return code
 
 
