@@ -218,12 +218,9 @@ def flags_from_file(path: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
 
 
 def fill_defaults(config: Config, source: Source) -> Config:
-    """The model's name, and the defaults that depend on its size: those for a 7B are the seed's (README, "The recipe").
-
-    A small model needs a higher learning rate to move at all, and then overfits sooner.
-    """
+    """The model's name, and the defaults that its size decides. Those for a 7B: the seed's (README, "The recipe")."""
     defaults = {"learning_rate": 2e-4, "warmup_steps": 0, "num_train_epochs": 5}
-    if count_weights(source.config, config).total < 1e9:
+    if count_weights(source.config, config).total < 1e9:  # needs a higher rate to move at all, and overfits sooner
         defaults = {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 3}
     missing = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     return dataclasses.replace(config, **missing, model=source.id)
@@ -361,7 +358,7 @@ class Findings:
 
     def __init__(self):
         self.problems: dict[str, list[tuple[str, str]]] = {}  # kind -> (place, text)
-        self.notes: dict[str, list[str]] = {}  # text -> places
+        self.notes: dict[str, dict[str, None]] = {}  # text -> places, in order
 
     def problem(self, text: Any, place: str) -> None:
         """Problems of one file that differ only in their numbers are of one kind."""
@@ -369,9 +366,7 @@ class Findings:
         self.problems.setdefault(kind, []).append((place, str(text)))
 
     def note(self, text: str, place: str = "") -> None:
-        places = self.notes.setdefault(text, [])
-        if places[-1:] != [place]:
-            places.append(place)
+        self.notes.setdefault(text, {})[place] = None
 
     def stop_on_problems(self) -> None:
         """Raises BadInput that names each kind of problem with its places."""
@@ -387,10 +382,8 @@ class Findings:
 
     def note_lines(self) -> list[str]:
         """Each note with the number of its rows and the first place."""
-        return [
-            f"{text} in {len(places)} row{'s' * (len(places) > 1)}, the first: {places[0]}" if places[0] else text
-            for text, places in self.notes.items()
-        ]
+        counted = [(text, len(places), next(iter(places))) for text, places in self.notes.items()]
+        return [f"{text} in {n} row{'s' * (n > 1)}, the first: {at}" if at else text for text, n, at in counted]
 
 
 def read_records(path: Path, found: Findings) -> Iterable[tuple[str, Any]]:
@@ -400,37 +393,30 @@ def read_records(path: Path, found: Findings) -> Iterable[tuple[str, Any]]:
     raw, kind = path.read_bytes(), path.suffix.lower()
     if kind in (".xlsx", ".xlsm", ".parquet"):
         try:
-            if kind == ".parquet":
-                return numbered(path, parquet.read_table(path).to_pylist())
-            sheet, *others = openpyxl.load_workbook(path, data_only=True).worksheets
-            cells = [["" if cell is None else str(cell) for cell in line] for line in sheet.values]
+            if kind != ".parquet":
+                return table_records(path, sheet_rows(path, found))
+            loaded = parquet.read_table(path).to_pylist()
         except Exception as error:  # a damaged file raises whatever the readers of its zip, XML and columns do
             what = f"is no {'Parquet file' if kind == '.parquet' else 'workbook'} that can be read"
             raise BadInput(f"{what} ({type(error).__name__}: {brief(error)}); save it again, or as .csv") from None
-        if others:
-            found.note(f"{path}: only the first of {len(others) + 1} sheets is read: {clean(sheet.title)}")
-        return table_records(path, iter(cells))
-    text = decode(raw)
-    if raw.startswith(codecs.BOM_UTF8):
-        found.note(f"{path}: starts with a byte order mark, ignored")
-    if kind in (".csv", ".tsv"):
-        return table_records(path, csv_rows(text))
-    if kind in (".jsonl", ".ndjson"):
-        if not re.match(r"\s*\[\s*\{", text):
-            lines = enumerate(NEWLINE.split(text), 1)
-            return ((f"{path}, line {n}", parse_json(line, "")) for n, line in lines if line.strip())
-        found.note(f"{path}: is one JSON list, not an object a line; read as such")
-    elif kind != ".json":
-        raise BadInput(f"unknown format {kind or '(no ending)'!r}; take .json, .jsonl, .csv, .xlsx or .parquet")
-    loaded = parse_json(text)
+    else:
+        text = decode(raw)
+        if raw.startswith(codecs.BOM_UTF8):
+            found.note(f"{path}: starts with a byte order mark, ignored")
+        if kind in (".csv", ".tsv"):
+            return table_records(path, csv_rows(text))
+        if kind in (".jsonl", ".ndjson"):
+            if not re.match(r"\s*\[\s*\{", text):
+                lines = enumerate(NEWLINE.split(text), 1)
+                return ((f"{path}, line {n}", parse_json(line, "")) for n, line in lines if line.strip())
+            found.note(f"{path}: is one JSON list, not an object a line; read as such")
+        elif kind != ".json":
+            raise BadInput(f"unknown format {kind or '(no ending)'!r}; take .json, .jsonl, .csv, .xlsx or .parquet")
+        loaded = parse_json(text)
     if not isinstance(loaded, list):
         needed = f"the top level is {kind_of(loaded)}, but a list of rows is needed: [{{...}}, ...]"
         raise BadInput(loaded.get(None, needed) if isinstance(loaded, dict) else needed)
-    return numbered(path, loaded)
-
-
-def numbered(path: Path, records: list) -> Iterator[tuple[str, Any]]:
-    return ((f"{path}, row {number}", record) for number, record in enumerate(records, 1))
+    return ((f"{path}, row {n}", record) for n, record in enumerate(loaded, 1))
 
 
 def decode(raw: bytes) -> str:
@@ -478,6 +464,14 @@ def read_json(path: Path) -> Any:
     except (BadInput, OSError, ValueError) as problem:
         raise BadInput(f"{path}: {getattr(problem, 'strerror', problem)}") from None
     return loaded
+
+
+def sheet_rows(path: Path, found: Findings) -> Iterator[list[str]]:
+    """Cells of the first sheet of a workbook, as text."""
+    sheet, *others = openpyxl.load_workbook(path, data_only=True).worksheets
+    if others:
+        found.note(f"{path}: only the first of {len(others) + 1} sheets is read: {clean(sheet.title)}")
+    return iter([["" if cell is None else str(cell) for cell in cells] for cells in sheet.values])
 
 
 def csv_rows(text: str) -> Iterator[list[str]]:
@@ -1041,8 +1035,8 @@ def hub_folder(name: str) -> Path:
         hint = nearest(name, [EMBEDDED, GPU_MODEL, *PREQUANTIZED])
         raise BadInput(f"neither a folder, a .gguf file nor a hub id like owner/name{hint}")
     try:
-        small = ["*.json", "*.jinja", "*.model", "tokenizer*"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=small))
+        patterns = ["*.json", "*.jinja", "*.model", "tokenizer*"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except huggingface_hub.errors.GatedRepoError:
         fault = "is gated; accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
@@ -2431,8 +2425,8 @@ def log_to(path: Path | None) -> None:
     """Libraries' output goes on in this file; None: nowhere. Does nothing where own_screen() is not open."""
     global library_log
     if library_log is not None:
-        how = {"encoding": "utf-8", "errors": "replace", "buffering": 1}
-        library_log = sys.stdout = sys.stderr = Path(path or os.devnull).open("a", **how)
+        library_log = Path(path or os.devnull).open("a", encoding="utf-8", errors="replace", buffering=1)
+        sys.stdout = sys.stderr = library_log
         for number in (1, 2):
             os.dup2(library_log.fileno(), number)
 
