@@ -2135,7 +2135,7 @@ def power_of(groups: int) -> str:
         return f"{groups} held-out questions that differ: too few for a verdict, which needs {MIN_GROUPS}"
     chrf_change, loss = (POWER * spread / math.sqrt(groups) for spread in TYPICAL_SPREAD.values())
     shown = f"a change of about {chrf_change:.1f} chrF or {loss:.2f} nats of loss"
-    return f"{groups} held-out questions that differ: enough to show {shown}, 80 times in 100; more show less"
+    return f"{groups} held-out questions that differ: enough to show {shown}, 80 times in 100"
 
 
 def too_few(evaluation: dict) -> str:
@@ -2189,12 +2189,13 @@ def numbers_of(evaluation: dict) -> str:
         now, was = (number(arm.get(part, {}).get("recall"), ".0%") for arm in (after, before))
         return f"{now}, was {was}"
 
-    def change(name: str, form: str) -> str:
-        return "{} [{}, {}]".format(*(number(value, form) for value in delta.get(name, [None] * 3)))
+    def change(name: str, form: str, unit: str = "") -> str:
+        values = [value * (100 if unit else 1) for value in delta.get(name, [math.nan] * 3)]
+        return "{}{} [{}, {}]".format(number(values[0], form), unit, *(number(value, form) for value in values[1:]))
 
     ranked = f"right answer first for {number(after.get('ranking_top1'), '.0%')}"
     return (
-        f"recall {recalls('reworded')}, {change('recall', '+.0%')}; as trained {recalls('as_trained')}; new questions: "
+        f"recall {recalls('reworded')}, {change('recall', '+.0f', ' points')}; as trained {recalls('as_trained')}; new questions: "
         f"chrF {number(after.get('chrf'), '.1f')}, base {number(before.get('chrf'), '.1f')}, {change('chrf', '+.1f')}, "
         f"told to be brief {number(prompted.get('chrf'), '.1f')}, {change('chrf_vs_prompted', '+.1f')}; {ranked}, "
         f"chance {evaluation['ranking_chance']:.0%}; loss {number(after.get('nll'), '.2f')}, "

@@ -254,7 +254,8 @@ def test_verdict_follows_its_rules(name):
 
 def test_verdict_names_its_numbers_and_says_helped_with_what():
     sentence = judge(evaluation())["sentence"]
-    assert sentence.startswith("helped (knows its FAQ: recall 84%, was 12%, +72% [+60%, +83%]; as trained 95%, was 9%")
+    start = "helped (knows its FAQ: recall 84%, was 12%, +72 points [+60, +83]; as trained 95%, was 9%; new questions: "
+    assert sentence.startswith(start)
     for part in ("chrF 29.7, base 27.3, +2.4 [-0.3, +3.9]", "brief 20.8, +8.9", "first for 90%, chance 10%", "5.34"):
         assert part in sentence
     assert sentence.endswith("loss on general answers +5%)")
