@@ -1993,7 +1993,7 @@ WAYS = {
     "prompted": ("prompt", "Keep the base and tell it to be brief", "nothing that costs more answered better"),
     "lookup": ("lookup", "Look it up", "a search that returns the nearest row's answer needs no model"),
     "retrieved": ("retrieve", "Retrieve", "the base with the nearest rows in its prompt needs no training"),
-    "after": ("tuned", "Use the tuned model", "training is worth its while here, and rows in the prompt add nothing"),
+    "after": ("tuned", "Use the tuned model", "training is worth its while here, and rows in its prompt add nothing that shows"),
     "after_retrieved": (
         "tuned with retrieval", "Use the tuned model with retrieval", "it needs the nearest rows in its prompt too"
     ),
@@ -2195,8 +2195,8 @@ def numbers_of(evaluation: dict) -> str:
 
     ranked = f"right answer first for {number(after.get('ranking_top1'), '.0%')}"
     return (
-        f"recall {recalls('reworded')}, {change('recall', '+.0f', ' points')}; as trained {recalls('as_trained')}; new questions: "
-        f"chrF {number(after.get('chrf'), '.1f')}, base {number(before.get('chrf'), '.1f')}, {change('chrf', '+.1f')}, "
+        f"recall {recalls('reworded')}, {change('recall', '+.0f', ' points')}; as trained {recalls('as_trained')}; "
+        f"new questions: chrF {number(after.get('chrf'), '.1f')}, base {number(before.get('chrf'), '.1f')}, {change('chrf', '+.1f')}, "
         f"told to be brief {number(prompted.get('chrf'), '.1f')}, {change('chrf_vs_prompted', '+.1f')}; {ranked}, "
         f"chance {evaluation['ranking_chance']:.0%}; loss {number(after.get('nll'), '.2f')}, "
         f"{change('nll', '+.2f')}; loss on general answers {number(kept['change_percent'], '+.0f')}%"
@@ -2417,8 +2417,7 @@ def plot_losses(run: dict, path: Path) -> None:
         points = [(epoch["step"], 100 * epoch["recall"]) for epoch in epochs]
         right.plot(*zip(*points, strict=True), color="#276", marker="s", markersize=4, label="recall")
         right.set(ylabel="recall in other words (%)", ylim=(0, 100))
-        axes.plot([], [], color="#276", marker="s", markersize=4, label="recall")  # for the one legend
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=120)
 
 

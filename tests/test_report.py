@@ -385,6 +385,14 @@ def test_samples_show_every_arms_answer(run):
     assert text.count("✓ nearest to the right answer") == sum(right) and 0 < sum(right) < len(right)
 
 
+def test_a_rise_of_the_loss_is_not_called_worse(run):
+    for change, words in (([0.5, 0.4, 0.6], "≠ higher"), ([-0.5, -0.6, -0.4], "✓ better")):
+        copy = without(run)
+        copy["evaluation"]["delta"]["nll"] = change
+        row = re.search("Loss on held-out answers.*?</tr>", report_page(copy, "x"), re.S)[0]
+        assert words in row and "worse</span>" not in row
+
+
 def test_a_run_of_0_1_0_still_shows_and_says_what_it_lacks(run):
     page, card = report_page(old(run), "x"), model_card(old(run), "x")
     assert "This run lacks looking answers up, the base with the nearest rows" in page and "goes by the loss" in page
