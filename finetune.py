@@ -1993,7 +1993,7 @@ WAYS = {
     "prompted": ("prompt", "Keep the base and tell it to be brief", "nothing that costs more answered better"),
     "lookup": ("lookup", "Look it up", "a search that returns the nearest row's answer needs no model"),
     "retrieved": ("retrieve", "Retrieve", "the base with the nearest rows in its prompt needs no training"),
-    "after": ("tuned", "Use the tuned model", "training is worth its while here, and rows in its prompt add nothing that shows"),
+    "after": ("tuned", "Use the tuned model", "training pays here, and rows in its prompt add nothing that shows"),
     "after_retrieved": (
         "tuned with retrieval", "Use the tuned model with retrieval", "it needs the nearest rows in its prompt too"
     ),
@@ -2193,14 +2193,20 @@ def numbers_of(evaluation: dict) -> str:
         values = [value * (100 if unit else 1) for value in delta.get(name, [math.nan] * 3)]
         return "{}{} [{}, {}]".format(number(values[0], form), unit, *(number(value, form) for value in values[1:]))
 
-    ranked = f"right answer first for {number(after.get('ranking_top1'), '.0%')}"
-    return (
-        f"recall {recalls('reworded')}, {change('recall', '+.0f', ' points')}; as trained {recalls('as_trained')}; "
-        f"new questions: chrF {number(after.get('chrf'), '.1f')}, base {number(before.get('chrf'), '.1f')}, {change('chrf', '+.1f')}, "
-        f"told to be brief {number(prompted.get('chrf'), '.1f')}, {change('chrf_vs_prompted', '+.1f')}; {ranked}, "
-        f"chance {evaluation['ranking_chance']:.0%}; loss {number(after.get('nll'), '.2f')}, "
-        f"{change('nll', '+.2f')}; loss on general answers {number(kept['change_percent'], '+.0f')}%"
-    )
+    def mean_of(arm: dict, metric: str, form: str) -> str:
+        return number(arm.get(metric), form)
+
+    parts = [
+        f"recall {recalls('reworded')}, {change('recall', '+.0f', ' points')}",
+        f"as trained {recalls('as_trained')}",
+        f"new questions: chrF {mean_of(after, 'chrf', '.1f')}, base {mean_of(before, 'chrf', '.1f')}, "
+        f"{change('chrf', '+.1f')}, told to be brief {mean_of(prompted, 'chrf', '.1f')}, "
+        + change("chrf_vs_prompted", "+.1f"),
+        f"right answer first for {mean_of(after, 'ranking_top1', '.0%')}, chance {evaluation['ranking_chance']:.0%}",
+        f"loss {mean_of(after, 'nll', '.2f')}, {change('nll', '+.2f')}",
+        f"loss on general answers {number(kept['change_percent'], '+.0f')}%",
+    ]
+    return "; ".join(parts)
 
 
 def advise(evaluation: dict, seed: int = 0) -> dict[str, Any]:
