@@ -2075,8 +2075,11 @@ def resampled(values: list[float], groups: list[int], seed: int | list[int]) -> 
     """The means of 10,000 resamples of whole groups of near-duplicates, which are what is independent."""
     _, index = np.unique(groups, return_inverse=True)
     sums, counts = np.bincount(index, values), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
-    return sums[drawn].sum(1) / counts[drawn].sum(1)
+    dice, means = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES // 500):  # in slices: all resamples of 10,000 questions would take gigabytes
+        drawn = dice.integers(0, len(sums), (500, len(sums)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return np.concatenate(means)
 
 
 def bootstrap(values: list[float], groups: list[int], seed: int) -> list[float]:
@@ -2121,7 +2124,8 @@ def crossfit(epochs: list[dict], records: list[dict], goal: str, seed: int) -> f
     for record in records:
         first_id.setdefault(record["group"], record["id"])
     order = sorted(first_id, key=lambda group: random_key(seed, first_id[group]))
-    places = [[n for n, record in enumerate(records) if record["group"] in order[half::2]] for half in (0, 1)]
+    halves = [set(order[0::2]), set(order[1::2])]
+    places = [[n for n, record in enumerate(records) if record["group"] in half] for half in halves]
     losses = []
     for own, other in (places, places[::-1]):
         epoch = epochs[choose_epoch(epochs, goal, other)]
@@ -2216,8 +2220,9 @@ def advise(evaluation: dict, seed: int = 0) -> dict[str, Any]:
     if few := too_few(evaluation):
         return {"way": None, "scores": {}, "sentence": f"No advice: {few} to say which way answers best."}
     both = (evaluation["known"], evaluation["questions"])
-    means = {way: [mean(paired(records, "chrf", way)[0]) for records in both] for way in WAYS}
-    ways = list(WAYS)
+    chrfs = {way: [paired(records, "chrf", way)[0] for records in both] for way in WAYS}
+    means = {way: [mean(values) for values in pair] for way, pair in chrfs.items() if all(pair)}
+    ways = list(means)  # those that were measured
 
     def beats(dearer: str, cheaper: str) -> bool:
         # Each set is drawn with dice of its own: their questions have nothing to do with each other.
@@ -2226,7 +2231,7 @@ def advise(evaluation: dict, seed: int = 0) -> dict[str, Any]:
 
     best = next(way for n, way in enumerate(ways) if not any(beats(dearer, way) for dearer in ways[n + 1 :]))
     # Beside the tuned model, or if that is the advice, beside the best of the ways that need no training.
-    rival = "after" if best != "after" else max(("prompted", "lookup", "retrieved"), key=lambda way: sum(means[way]))
+    rival = "after" if best != "after" else max(ways[: ways.index("after")], key=lambda way: sum(means[way]))
     name, what, meaning = WAYS[best]
     other = "the tuned model alone" if rival == "after" else f"the best way without training ({WAYS[rival][0]})"
     numbers = "chrF {:.1f} on known questions in other words and {:.1f} on new ones".format(*means[best])
@@ -2643,7 +2648,7 @@ def show_plan(plan: Plan, config: Config) -> None:
 
 
 def show_result(run: dict) -> None:
-    """The numbers, and the first held-out question with its answers: drawn by the split's seed, not picked."""
+    """The numbers, and a known question in other words and a new one, with answers: the first, drawn by lot."""
     training, evaluation = run["training"], run["evaluation"]
     vram, ram = training["peak_vram_gib"], training["peak_ram_gib"]
     memory = f"{ram:.1f} GiB of RAM" if vram is None else f"{vram:.1f} GiB of GPU memory"
@@ -2654,12 +2659,11 @@ def show_result(run: dict) -> None:
         f"{training['tokens_per_second']:.0f} tokens/s, {memory} at most; "
         f"measuring took {evaluation['seconds']:.0f} s",
     )
-    shown = [(record, "arms") for part in ("known", "questions") for record in evaluation[part][:1]]
-    for record, part in shown:  # one known question in other words, one new one
-        arms = {label: record[part][arm]["answer"] for label, arm in (("Base", "before"), ("Tuned", "after"))}
-        label = "Known" if "trained_question" in record else "New"
-        for name, text in ({label: record["question"], "Reference": record["reference"]} | arms).items():
-            say(name, " ".join(text.split()))
+    for label, part in (("Known", "known"), ("New", "questions")):
+        for record in evaluation[part][:1]:
+            answers = {name: record["arms"][arm]["answer"] for name, arm in (("Base", "before"), ("Tuned", "after"))}
+            for name, text in ({label: record["question"], "Reference": record["reference"]} | answers).items():
+                say(name, " ".join(text.split()))
 
 
 def show_evaluation(evaluation: dict) -> None:

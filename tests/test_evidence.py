@@ -123,7 +123,7 @@ def test_shuffled_answers_are_never_called_helped(embedded, tmp_path, monkeypatc
     shuffled = [{"question": row["question"], "answer": a} for row, a in zip(table, answers, strict=True)]
     run = small_job(tmp_path, monkeypatch, shuffled, max_steps=24)
     assert run["evaluation"]["delta"]["nll"][2] < 0  # by the loss alone it would have been a success
-    assert run["evaluation"]["verdict"]["label"] in ("style only", "harmed"), run["evaluation"]["verdict"]
+    assert run["evaluation"]["verdict"]["label"] != "helped", run["evaluation"]["verdict"]
 
 
 def test_training_on_the_bases_own_answers_is_not_called_harmed(base, embedded, tmp_path, monkeypatch):

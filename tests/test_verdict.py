@@ -329,6 +329,14 @@ def test_too_few_questions_give_no_advice():
     assert advice_for({"after": (90, 90)}, answered=8, known=8)["way"] == "tuned"
 
 
+def test_ways_that_were_not_measured_are_not_weighed():
+    some = made_up(level={"after": (60, 90)})
+    for record in some.records + some.known:
+        del record["arms"]["retrieved"], record["arms"]["after_retrieved"]
+    advice = build_evaluation(some, {}, CONFIG)["advice"]
+    assert advice["way"] == "tuned" and advice["scores"].keys() == {"prompted", "lookup", "after"}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The kept epoch
 
@@ -427,3 +435,15 @@ def test_the_table_fits_the_screen(built, monkeypatch, terminal, width, limit):
     assert recall.split()[1:7] == [f"{built[arm]['reworded']['recall']:.0%}" for arm in ARMS]
     [loss] = [line for line in lines if line.startswith(" loss")]
     assert loss.split()[3] == "–"  # looking up has no loss
+
+
+def test_the_screen_shows_a_known_and_a_new_question(built, monkeypatch):
+    screen = Console(file=io.StringIO(), color_system=None, highlight=False)
+    monkeypatch.setattr(finetune, "console", screen)
+    seconds = {"seconds": 9, "tokens_per_second": 5, "peak_vram_gib": None, "peak_ram_gib": 1.0}
+    finetune.show_result({"training": {"first_loss": 3, "last_loss": 1} | seconds, "evaluation": built})
+    text = screen.file.getvalue()
+    known, new = built["known"][0], built["questions"][0]
+    words = [f"Known     {known['question']}", f"New       {new['question']}"]
+    words += [record["arms"][arm]["answer"] for record in (known, new) for arm in ("before", "after")]
+    assert all(text.count(some) == 1 for some in words)
