@@ -2472,11 +2472,27 @@ def report_page(run: dict, name: str, review: dict | None = None) -> str:
     page = jinja2.Environment(autoescape=True)
     page.filters["word_diff"] = word_diff
     folder = (run.get("config") or {}).get("output_dir") or f"adapters/{name}"
-    run = harmless(run)
+    run = harmless(in_todays_form(run))
     shown = questions_shown(run) | {"title": harmless(name), "review": harmless(review), "license": base_of(run)[1]}
     shown["command"] = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
     text = (HERE / "data/report.html.jinja").read_text(encoding="utf-8")
     return page.from_string(text).render(run=run, held_out_losses=held_out_losses(run), ways=WAYS, **shown)
+
+
+def in_todays_form(run: dict) -> dict:
+    """A run.json of 0.1.0 kept answers in its arms and losses beside the questions; here both are in one record each."""
+    evaluation = run.get("evaluation") or {}
+    records = evaluation.get("questions") or []
+    if all("arms" in record for record in records):
+        return run
+    made = []
+    for record in records:
+        arms: dict[str, dict] = {arm: {"nll": nll} for arm, nll in (record.get("nll") or {}).items()}
+        for arm, own in arms.items():
+            answers = (evaluation.get(arm) or {}).get("answers") or {}
+            own |= {"answer": answers[record["id"]]} if record["id"] in answers else {}
+        made.append(record | {"arms": arms})
+    return run | {"evaluation": evaluation | {"questions": made}}
 
 
 def questions_shown(run: dict) -> dict[str, list[dict]]:
@@ -2508,7 +2524,7 @@ def base_of(run: dict) -> tuple[str, str | None]:
 
 def model_card(run: dict, name: str, review: dict | None = None) -> str:
     """README.md of the adapter, from data/model_card.md.jinja: what the hub reads, and what was measured."""
-    run, name, review = harmless(run), harmless(" ".join(name.split())), harmless(review)
+    run, name, review = harmless(in_todays_form(run)), harmless(" ".join(name.split())), harmless(review)
     base, license_of_base = base_of(run)
     model = run.get("model") or {}
     on_hub = model.get("id") in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too

@@ -198,11 +198,15 @@ def old(run: dict) -> dict:
     evaluation = copy["evaluation"]
     for step, loss in zip((46, 92, 138), (2.5, 2.36, 2.41), strict=True):
         copy["training"]["log"][step - 1]["eval_loss"] = loss
-    for record in evaluation["questions"]:
-        record["arms"] = {arm: record["arms"][arm] for arm in ("before", "prompted", "after")}
     for arm in ("before", "prompted", "after"):
+        given = {q["id"]: q["arms"][arm] for q in evaluation["questions"]}
+        evaluation[arm]["answers"] = {id: own["answer"] for id, own in given.items() if "answer" in own}
         del evaluation[arm]["reworded"]
         evaluation[arm].pop("as_trained", None)
+    for record in evaluation["questions"]:
+        arms = record.pop("arms")
+        record["nll"] = {arm: arms[arm]["nll"] for arm in ("before", "prompted", "after")}
+        del record["group"]
     kept = ("nll", "ranking_top1", "chrf", "rouge_l", "eos_rate", "mean_words", "chrf_vs_prompted")
     evaluation["delta"] = {name: evaluation["delta"][name] for name in kept}
     evaluation["verdict"] = {"label": "helped", "sentence": "helped: held-out loss -0.93 [-0.99, -0.87]"}
@@ -399,6 +403,12 @@ def test_a_run_of_0_1_0_still_shows_and_says_what_it_lacks(run):
     assert "An earlier version measured it" in card and "held-out loss -0.93" in page and "held-out loss -0.93" in card
     assert "Looked up" not in page and "What to do:" not in page and 'class="meaning"' not in page
     assert "where the held-out loss was lowest" in page and "[46, 2.5]" in page and "[0, 2." in page
+    records = {q["id"]: q for q in finetune.in_todays_form(old(run))["evaluation"]["questions"]}
+    for entry in run["evaluation"]["questions"]:
+        for arm in ("before", "prompted", "after"):
+            assert {"nll", "answer"} & entry["arms"][arm].keys() == records[entry["id"]]["arms"][arm].keys()
+            assert all(entry["arms"][arm][key] == value for key, value in records[entry["id"]]["arms"][arm].items())
+    assert "Only its loss was measured" in page and f"{ASKED} of them also answered" in card
     assert "earlier version" not in report_page(run, "x") + model_card(run, "x")
 
 
