@@ -2480,7 +2480,7 @@ def report_page(run: dict, name: str, review: dict | None = None) -> str:
 
 
 def in_todays_form(run: dict) -> dict:
-    """A run.json of 0.1.0 kept answers in its arms and losses beside the questions; here both are in one record each."""
+    """A run.json of 0.1.0 kept answers in its arms, losses beside its questions; here both stand in one record each."""
     evaluation = run.get("evaluation") or {}
     records = evaluation.get("questions") or []
     if all("arms" in record for record in records):
