@@ -10,7 +10,7 @@ from conftest import ROOT
 
 LABELS = (
     "Data|Model|LoRA|Before|Replay|Plan|After|Training|Known|New|Base|Tuned|Reference|Verdict|Advice|Saved|"
-    "Example|Lengths|Memory|Time"
+    "Example|Lengths|Memory|Time|Power"
 )
 METRICS = "loss|right answer first|chrF|ROUGE-L|comes to an end|words|recall|recall as trained"
 TABLE = rf" ({METRICS}) +[\d–]|Known, reworded$"  # wider than the column beside a label
