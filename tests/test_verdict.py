@@ -304,15 +304,16 @@ def test_advice_is_the_cheapest_way_that_no_dearer_one_beats(way):
     assert advice["scores"][arm] == pytest.approx(half)
 
 
-def test_a_dearer_way_must_win_with_its_whole_interval():
-    """Both sets have a standard error of the difference of SPREAD * sqrt(2 / 30); half the sum has it over sqrt(2)."""
-    error = SPREAD * math.sqrt(2 / 30) / math.sqrt(2)
-    level = {"lookup": (30, 90), "after": (30, 90), "retrieved": (0, 0), "after_retrieved": (0, 0), "prompted": (0, 0)}
-    for seed in (1, 2, 3):
-        for margin, way in ((-4, "lookup"), (6, "tuned")):  # far enough from 1.96 that the noise does not decide
-            won = margin * error
-            found = advice_for(level | {"after": (30 + won, 90 + won)}, seed=seed)
-            assert found["way"] == way, (seed, margin)
+@pytest.mark.parametrize(("margin", "way"), [(1.5, "lookup"), (2.5, "tuned"), (-2.5, "lookup")])
+def test_a_dearer_way_must_win_with_its_whole_interval(margin, way):
+    """The tuned model is above looking up by `margin` standard errors of the half-and-half difference."""
+    level = dict.fromkeys(("prompted", "retrieved", "after_retrieved"), (0, 0))
+    some = made_up(new=30, known=30, level=level)
+    error = SPREAD / math.sqrt(30) / math.sqrt(2)  # of either set SPREAD / sqrt(30), and half the sum of both
+    for records in (some.records, some.known):
+        for n, record in enumerate(records):
+            record["arms"]["after"]["chrf"] = record["arms"]["lookup"]["chrf"] + margin * error + (-1) ** n * SPREAD
+    assert build_evaluation(some, {}, CONFIG)["advice"]["way"] == way
 
 
 def test_each_set_weighs_half():
