@@ -262,7 +262,7 @@ def run_evaluation(config: Config | None = None) -> dict:
         stopped = f"; stopped early at {training['steps']}" if training["stopped_early"] else ""
         say("After", f"held-out loss {after:.3f}, best at update {training['best_step']}{stopped}")
         # 7. Verdict: did it help, by rules that the README states?
-        evaluation = build_evaluation(questions, config.seed)
+        evaluation = build_evaluation(questions, training, config)
         # 8. Save adapter, numbers, page and card: the folder appears whole or not at all.
         facts = {"plan": plan, "training": training, "evaluation": evaluation, "replayed": len(replayed)}
         run = make_run(config, source, tokenizer, data, facts, time.monotonic() - started)
@@ -272,6 +272,7 @@ def run_evaluation(config: Config | None = None) -> dict:
         raise
     show_result(run)
     say("Verdict", evaluation["verdict"]["sentence"])
+    say("Advice", evaluation["advice"]["sentence"])
     say("Saved", f"{output}   see report.html   talk to it: python chat.py")
     return run | {"output_dir": output}
 
@@ -290,9 +291,10 @@ def evaluate_adapter(config: Config) -> dict:
     load_adapter(model, config.evaluate)
     measure(model, tokenizer, questions, "after")
     # 7. Verdict.
-    evaluation = build_evaluation(questions, config.seed)
+    evaluation = build_evaluation(questions, run.get("training") or {}, config)
     show_evaluation(evaluation)
     say("Verdict", evaluation["verdict"]["sentence"])
+    say("Advice", evaluation["advice"]["sentence"])
     return run | {"evaluation": evaluation}
 
 
@@ -1641,7 +1643,7 @@ RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
 BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: what a prompt alone achieves
 NEUTRAL = "Please answer the question."  # how likely an answer is without its question
 STAGES = {"before": ("before", "prompted"), "after": ("after",)}  # the arms of the base, and of the tuned model
-ARMS = ("before", "prompted", "after")
+ARMS = ("before", "prompted", "lookup", "retrieved", "after", "after_retrieved")
 METRICS = ("nll", "ranking_top1", "chrf", "rouge_l", "eos_rate", "mean_words")
 
 
@@ -1890,87 +1892,266 @@ def replay_answers(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Verdict: takes the records, gives the `evaluation` part of run.json. Arithmetic on numbers and texts; no model here.
+# Verdict: takes one record a question, gives the `evaluation` part of run.json: means, intervals, verdict, advice, and
+# what so many questions could have shown; and says which epoch is kept. Arithmetic on numbers and texts; no model here.
 
-# The loss on the base's own general answers may rise by 5%; a larger rise is harm if it exceeds the gain on the data.
-RETENTION_LIMIT = 0.05
+HARM_LIMIT, COST_LIMIT = 5, 25  # percent by which the loss on general answers may rise: README, "The verdict"
 RESAMPLES = 10_000
+# A true change of 1.96 + 0.84 standard errors has an interval clear of zero 80 times in 100: the usual "power of 80%".
+POWER = 1.96 + 0.84
+# How much the change from base to tuned differs from question to question (standard deviation), for --dry-run. From the
+# README's run on HealthCare.gov: interval / 3.92 * sqrt(questions), chrF -2.1 [-4.7, +0.5] over 32 questions and loss
+# -0.87 [-0.98, -0.75] over 75. The sample data spread less (3.0 and 0.21): a promise should rather be too small.
+TYPICAL_SPREAD = {"chrf": 7.5, "nll": 0.5}
+# Ways of answering, in order of the effort to run them: arm -> name, what to do, what that means.
+WAYS = {
+    "prompted": ("prompt", "Keep the base and tell it to be brief", "nothing that costs more answered better"),
+    "lookup": ("lookup", "Look it up", "a search that returns the nearest row's answer needs no model"),
+    "retrieved": ("retrieve", "Retrieve", "the base with the nearest rows in its prompt needs no training"),
+    "after": ("tuned", "Use the tuned model", "training pays here, and rows in its prompt add nothing that shows"),
+    "after_retrieved": (
+        "tuned with retrieval", "Use the tuned model with retrieval", "it needs the nearest rows in its prompt too"
+    ),
+}  # fmt: skip
 
 
-def build_evaluation(questions: EvalSet, seed: int) -> dict[str, Any]:
-    """Means of each arm, differences with intervals, what was learned by heart, what was kept, and the verdict."""
-    records, losses = questions.records, questions.losses
-    answered = [record for record in records if "answer" in record["arms"]["after"]]
-    answers = [record["arms"]["after"]["answer"] for record in answered]
-    nearest_trained = rapidfuzz.process.cdist(answers, questions.train_answers, scorer=rapidfuzz.fuzz.ratio).max(1)
+def build_evaluation(questions: EvalSet, training: dict, config: Config) -> dict[str, Any]:
+    """Means of each arm, differences with intervals, what was learned by heart, what was kept, verdict and advice."""
+    new, known, seed = questions.records, questions.known, config.seed
+    answered = [record for record in new if "answer" in record["arms"]["after"]]
+    deltas = {metric: (new, metric, "before") for metric in METRICS}
+    deltas |= {f"chrf_vs_{arm}": (new, "chrf", arm) for arm in ("prompted", "lookup", "retrieved")}
+    deltas |= {"recall": (known, "recall", "before"), "chrf_reworded": (known, "chrf", "before")}
+    pairs = {name: paired(records, metric, "after", other) for name, (records, metric, other) in deltas.items()}
+    pairs["recall_as_trained"] = paired(known, "recall", "after", "before", part="as_trained")
 
-    def values(arm: str, metric: str) -> list[float]:
-        return [record["arms"][arm][metric] for record in (records if metric == "nll" else answered)]
-
-    def interval(metric: str, arm: str, other: str | None = None) -> list[float]:
-        """[mean, low, high] of the metric, or of its difference to another arm's, question by question."""
-        less = values(other, metric) if other else itertools.repeat(0.0)
-        numbers = [own - theirs for own, theirs in zip(values(arm, metric), less, strict=False)]
-        return bootstrap(numbers, [record["group"] for record in records], seed)
-
-    evaluation: dict[str, Any] = {arm: {metric: mean(values(arm, metric)) for metric in METRICS} for arm in ARMS}
-    evaluation["delta"] = {metric: interval(metric, "after", "before") for metric in METRICS}
-    evaluation["delta"]["chrf_vs_prompted"] = interval("chrf", "after", "prompted")
-    evaluation["ranking_interval"] = interval("ranking_top1", "after")
+    evaluation: dict[str, Any] = {arm: averages(new, arm, METRICS) for arm in ARMS}
+    for arm in ARMS:
+        evaluation[arm]["reworded"] = averages(known, arm, ("recall", "chrf"))
+    for arm in ("before", "lookup", "after"):
+        evaluation[arm]["as_trained"] = averages(known, arm, ("recall", "chrf"), part="as_trained")
+    evaluation["delta"] = {name: bootstrap(*pair, seed) for name, pair in pairs.items() if pair[0]}
+    evaluation["ranking_interval"] = bootstrap(*paired(new, "ranking_top1", "after"), seed)
     evaluation["ranking_chance"] = mean([1 / len(others) for others in questions.candidates])
-    evaluation["questions"] = records
-    before, after = (losses[stage]["general"] for stage in STAGES)
-    kept = {"before": before, "after": after, "change_percent": 100 * (after / before - 1)}
-    evaluation["retention"] = {"prompts": len(questions.general)} | kept
-    evaluation["memorization"] = {
+    evaluation["questions"], evaluation["known"] = new, known
+    evaluation["retention"], evaluation["memorization"] = kept_and_copied(questions, evaluation, answered)
+    plain = config.split_field or len({record["group"] for record in new}) < 2  # other rows chose, or nothing to halve
+    evaluation["nll_crossfit"] = (
+        evaluation["after"]["nll"] if plain else crossfit(training.get("epochs") or [], new, config.goal, seed)
+    )
+    evaluation["power"] = {
+        "questions": len(answered),
+        "groups": len({record["group"] for record in answered}),
+        "known_groups": len({record["group"] for record in known}),
+    } | {metric: POWER * float(np.std(resampled(*pairs[metric], seed))) for metric in ("chrf", "nll")}
+    return evaluation | {
+        "verdict": judge(evaluation),
+        "advice": advise(evaluation, seed),
+        "seconds": round(questions.seconds, 1),
+    }
+
+
+def kept_and_copied(questions: EvalSet, evaluation: dict, answered: list[dict]) -> tuple[dict, dict]:
+    """(retention: loss on the base's own answers to general prompts, memorization: on trained beside held-out ones)."""
+    losses = questions.losses
+    before, after = (losses[stage]["general"] for stage in ("before", "after"))
+    change = {"before": before, "after": after, "change_percent": 100 * (after / before - 1)}
+    answers = [record["arms"]["after"]["answer"] for record in answered]
+    likeness = rapidfuzz.process.cdist(answers, questions.train_answers, scorer=rapidfuzz.fuzz.ratio).max(1)
+    copied = {
         "train_nll_before": losses["before"]["train"],
         "train_nll_after": losses["after"]["train"],
         "held_out_nll_before": evaluation["before"]["nll"],
         "held_out_nll_after": evaluation["after"]["nll"],
-        "copied_share": mean([float(likeness >= 90) for likeness in nearest_trained]),  # nine characters in ten
+        "copied_share": mean([float(alike >= 90) for alike in likeness]),  # nine characters in ten
     }
-    return evaluation | {"verdict": judge(evaluation), "seconds": round(questions.seconds, 1)}
+    return {"prompts": len(questions.general)} | change, copied
+
+
+def paired(
+    records: list[dict], metric: str, arm: str, other: str | None = None, part: str = "arms"
+) -> tuple[list[float], list[int]]:
+    """(the metric of an arm, or how much it is above another arm's, question by question; the questions' groups), of
+    those questions for which it was measured.
+    """
+    arms = (arm, other) if other else (arm,)
+    found = [record for record in records if all(metric in record[part].get(name, {}) for name in arms)]
+    values = [record[part][arm][metric] - (record[part][other][metric] if other else 0) for record in found]
+    return values, [record["group"] for record in found]
+
+
+def averages(records: list[dict], arm: str, metrics: Iterable[str], part: str = "arms") -> dict[str, float]:
+    """The mean of each metric that was measured for this arm."""
+    found = {metric: paired(records, metric, arm, part=part)[0] for metric in metrics}
+    return {metric: mean(values) for metric, values in found.items() if values}
+
+
+def resampled(values: list[float], groups: list[int], seed: int | list[int]) -> np.ndarray:
+    """The means of 10,000 resamples of whole groups of near-duplicates, which are what is independent."""
+    _, index = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(index, values), np.bincount(index)
+    dice, means = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES // 500):  # in slices: all resamples of 10,000 questions would take gigabytes
+        drawn = dice.integers(0, len(sums), (500, len(sums)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return np.concatenate(means)
 
 
 def bootstrap(values: list[float], groups: list[int], seed: int) -> list[float]:
-    """[mean, low, high]: 95% interval over 10,000 resamples of whole groups, which are what is independent."""
-    names, index = np.unique(groups[: len(values)], return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(0, len(names), (RESAMPLES, len(names)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+    """[mean, low, high]: the 95% interval. `groups` may go on after the last value."""
+    low, high = np.percentile(resampled(values, groups[: len(values)], seed), [2.5, 97.5])
     return [float(np.mean(values)), float(low), float(high)]
 
 
-def judge(evaluation: dict) -> dict[str, str]:
-    """The verdict, by rules that the README states with their reasons. Pure arithmetic; the sentence names its numbers.
+def choose_epoch(epochs: list[dict], goal: str, rows: Iterable[int] | None = None) -> int:
+    """The place in training["epochs"] of the epoch that is kept; never 0, which is the base before training.
 
-    helped: held-out loss lower (whole interval), ranking not worse by more than 2 points and above chance (whole
-    interval), chrF above the base that was told to be brief. harmed: held-out loss higher (whole interval), or the loss
-    on general answers up by more than 5% and by more than the held-out loss fell. style only: held-out loss lower, but
-    ranking or chrF fails. no evidence: the rest, and whatever is not a number.
+    knowledge: the best recall on reworded questions, among epochs whose chrF on new questions is not below the base's;
+    if there is none, the best chrF; of equals the lower loss. style: the lowest loss. `rows`: only these validation
+    rows count for loss and chrF. What is not a number is the worst.
     """
-    before, after, delta, kept = (evaluation[part] for part in ("before", "after", "delta", "retention"))
-    lost, percent = kept["after"] - kept["before"], kept["change_percent"]
-    loss, low, high = delta["nll"]
-    above_chance = evaluation["ranking_interval"][1] > evaluation["ranking_chance"]
-    ranks = delta["ranking_top1"][0] >= -0.02 and above_chance
-    closer = delta["chrf_vs_prompted"][0] > 0
-    if not all(map(math.isfinite, (loss, low, high, lost))):
-        label = "no evidence"
-    elif low > 0 or (percent > 100 * RETENTION_LIMIT and lost > -loss):
-        label = "harmed"
-    elif high >= 0:
-        label = "no evidence"
+    wanted = None if rows is None else set(rows)
+
+    def over(values: list[float]) -> float:
+        counted = [value for place, value in enumerate(values) if wanted is None or place in wanted]
+        return mean(counted) if counted else math.nan
+
+    def worst_if_nan(value: float) -> float:
+        return value if math.isfinite(value) else -math.inf
+
+    trained = range(1, len(epochs))
+    gain = {place: worst_if_nan(-over(epochs[place]["nll"])) for place in trained}
+    if goal == "style":
+        return max(trained, key=gain.get)
+    chrf_of = [over(epoch["chrf"]) for epoch in epochs]
+    if no_worse := [place for place in trained if not chrf_of[place] < chrf_of[0]]:
+        return max(no_worse, key=lambda place: (worst_if_nan(epochs[place]["recall"]), gain[place]))
+    return max(trained, key=lambda place: (chrf_of[place], gain[place]))
+
+
+def crossfit(epochs: list[dict], records: list[dict], goal: str, seed: int) -> float:
+    """The held-out loss, free of the choice of epoch: each half of the groups at the epoch that the other half chose.
+    Without a record of the epochs (an earlier version's run) the plain loss of the epoch that was kept.
+    """
+    if len(epochs) < 2 or len(epochs[0]["nll"]) != len(records):
+        return mean(paired(records, "nll", "after")[0])
+    first_id: dict[int, str] = {}
+    for record in records:
+        first_id.setdefault(record["group"], record["id"])
+    order = sorted(first_id, key=lambda group: random_key(seed, first_id[group]))
+    halves = [set(order[0::2]), set(order[1::2])]
+    places = [[n for n, record in enumerate(records) if record["group"] in half] for half in halves]
+    losses = []
+    for own, other in (places, places[::-1]):
+        epoch = epochs[choose_epoch(epochs, goal, other)]
+        losses += [epoch["nll"][place] for place in own]
+    return mean(losses)
+
+
+def power_of(groups: int) -> str:
+    """For --dry-run: what so many held-out questions that differ will be able to show."""
+    if groups < MIN_GROUPS:
+        return f"{groups} held-out questions that differ: too few for a verdict, which needs {MIN_GROUPS}"
+    chrf_change, loss = (POWER * spread / math.sqrt(groups) for spread in TYPICAL_SPREAD.values())
+    shown = f"a change of about {chrf_change:.1f} chrF or {loss:.2f} nats of loss"
+    return f"{groups} held-out questions that differ: enough to show {shown}, 80 times in 100"
+
+
+def too_few(evaluation: dict) -> str:
+    """'5 questions are too few', or nothing: an interval needs at least 8 groups of near-duplicates."""
+    power = evaluation["power"]
+    counts = {"": power["groups"], "known ": power["known_groups"]}
+    return "; ".join(f"{n} {kind}questions are too few" for kind, n in counts.items() if n < MIN_GROUPS)
+
+
+def judge(evaluation: dict) -> dict[str, Any]:
+    """The verdict, by rules that the README states with their reasons. It goes by answers, not by loss: a model that
+    knows its FAQ by heart is surprised by other answers, and no worse for it.
+    """
+    missing, delta = [math.nan] * 3, evaluation["delta"]
+    names = ("recall", "nll", "chrf", "chrf_vs_prompted")
+    recall, loss, chrf_change, to_prompted = (delta.get(name, missing) for name in names)
+    ranking, percent = evaluation["ranking_interval"], evaluation["retention"]["change_percent"]
+    if few := too_few(evaluation):
+        return {"label": "no evidence", "cost": False, "why": few, "numbers": "", "sentence": f"no evidence: {few}"}
+    knows = recall[1] > 0
+    style = loss[2] < 0 or (chrf_change[1] > 0 and to_prompted[1] > 0)
+    if not all(map(math.isfinite, [*recall, *loss, *chrf_change, *to_prompted, *ranking, percent])):
+        label, why = "no evidence", "a measurement is missing, or not a number"
+    elif chrf_change[2] < 0:
+        label, why = "harmed", "its answers to new questions are further from the right ones than the base's"
+    elif knows and ranking[1] > evaluation["ranking_chance"]:
+        label, why = "helped", "knows its FAQ"
+    elif knows:
+        label, why = "no evidence", "knows its FAQ by heart, but the answers may not belong to their questions"
+    elif style:
+        label, why = "style only", "writes like its FAQ, but does not show that it knows it"
+    elif percent > HARM_LIMIT:
+        label, why = "harmed", "shows nothing learned, and lost of what it could do elsewhere"
     else:
-        label = "helped" if ranks and closer else "style only"
-    ranked, ranked_before, chance = after["ranking_top1"], before["ranking_top1"], evaluation["ranking_chance"]
-    sentence = (
-        f"{label}: held-out loss {loss:+.2f} [{low:+.2f}, {high:+.2f}]; "
-        f"right answer first for {ranked:.0%} of the questions ({ranked_before:.0%} before, chance {chance:.0%}); "
-        f"chrF {after['chrf']:.1f}, base told to be brief {evaluation['prompted']['chrf']:.1f}; "
-        f"loss on general answers {lost:+.2f} ({percent:+.0f}%)"
-    )
-    return {"label": label, "sentence": sentence}
+        label, why = "no evidence", "what changed may be chance"
+    cost = label in ("helped", "style only") and percent > COST_LIMIT
+    numbers = numbers_of(evaluation)
+    sentence = f"{label}{', at a cost' if cost else ''} ({why}: {numbers})"
+    return {"label": label, "cost": cost, "why": why, "numbers": numbers, "sentence": sentence}
+
+
+def numbers_of(evaluation: dict) -> str:
+    """All that the verdict went by, as one line."""
+    before, prompted, after = (evaluation[arm] for arm in ("before", "prompted", "after"))
+    delta, kept = evaluation["delta"], evaluation["retention"]
+
+    def number(value: float | None, form: str) -> str:
+        return "–" if value is None or not math.isfinite(value) else f"{value:{form}}"
+
+    def recalls(part: str) -> str:
+        now, was = (number(arm.get(part, {}).get("recall"), ".0%") for arm in (after, before))
+        return f"{now}, was {was}"
+
+    def change(name: str, form: str, unit: str = "") -> str:
+        values = [value * (100 if unit else 1) for value in delta.get(name, [math.nan] * 3)]
+        return "{}{} [{}, {}]".format(number(values[0], form), unit, *(number(value, form) for value in values[1:]))
+
+    def mean_of(arm: dict, metric: str, form: str) -> str:
+        return number(arm.get(metric), form)
+
+    parts = [
+        f"recall {recalls('reworded')}, {change('recall', '+.0f', ' points')}",
+        f"as trained {recalls('as_trained')}",
+        f"new questions: chrF {mean_of(after, 'chrf', '.1f')}, base {mean_of(before, 'chrf', '.1f')}, "
+        f"{change('chrf', '+.1f')}, told to be brief {mean_of(prompted, 'chrf', '.1f')}, "
+        + change("chrf_vs_prompted", "+.1f"),
+        f"right answer first for {mean_of(after, 'ranking_top1', '.0%')}, chance {evaluation['ranking_chance']:.0%}",
+        f"loss {mean_of(after, 'nll', '.2f')}, {change('nll', '+.2f')}",
+        f"loss on general answers {number(kept['change_percent'], '+.0f')}%",
+    ]
+    return "; ".join(parts)
+
+
+def advise(evaluation: dict, seed: int = 0) -> dict[str, Any]:
+    """What to do: the way of least effort that no way of more effort beats with its whole interval. A way's score is
+    its chrF, known questions in other words and new ones weighed half and half.
+    """
+    if few := too_few(evaluation):
+        return {"way": None, "scores": {}, "sentence": f"No advice: {few} to say which way answers best."}
+    both = (evaluation["known"], evaluation["questions"])
+    chrfs = {way: [paired(records, "chrf", way)[0] for records in both] for way in WAYS}
+    means = {way: [mean(values) for values in pair] for way, pair in chrfs.items() if all(pair)}
+    ways = list(means)  # those that were measured
+
+    def beats(dearer: str, cheaper: str) -> bool:
+        # Each set is drawn with dice of its own: their questions have nothing to do with each other.
+        draws = [resampled(*paired(some, "chrf", dearer, cheaper), [seed, n]) for n, some in enumerate(both)]
+        return bool(np.percentile((draws[0] + draws[1]) / 2, 2.5) > 0)
+
+    best = next(way for n, way in enumerate(ways) if not any(beats(dearer, way) for dearer in ways[n + 1 :]))
+    # Beside the tuned model, or if that is the advice, beside the best of the ways that need no training.
+    rival = "after" if best != "after" else max(ways[: ways.index("after")], key=lambda way: sum(means[way]))
+    name, what, meaning = WAYS[best]
+    other = "the tuned model alone" if rival == "after" else f"the best way without training ({WAYS[rival][0]})"
+    numbers = "chrF {:.1f} on known questions in other words and {:.1f} on new ones".format(*means[best])
+    sentence = "{}: {}; {} {:.1f} and {:.1f}; {}.".format(what, numbers, other, *means[rival], meaning)
+    return {"way": name, "scores": {way: sum(pair) / 2 for way, pair in means.items()}, "sentence": sentence}
 
 
 def chrf(answer: str, reference: str) -> float:
@@ -1988,7 +2169,7 @@ def rouge_l(answer: str, reference: str) -> float:
 # Save and report: takes what was measured, writes the run's folder whole or not at all. No secret, no home path in it.
 
 LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
-SAMPLES_SHOWN, REGRESSIONS_SHOWN = 10, 5  # questions side by side in report.html
+SAMPLES_SHOWN, KNOWN_SHOWN, REGRESSIONS_SHOWN = 10, 5, 5  # questions side by side in report.html
 PLAN_IN_RUN_JSON = (
     "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
 )  # fmt: skip
@@ -2113,7 +2294,8 @@ def make_run(config: Config, source: Source, tokenizer: Tokenizer, data: Data, f
         "status": "complete",
         "config": config_as_json(config),
         "model": {"id": source.id, "revision": source.revision, "dtype": dtype, "quantization": "nf4"},
-        "data": {"files": data.files, **ids, "dropped": data.dropped, "replayed": facts["replayed"]},
+        "data": {"files": data.files, **ids, "dropped": data.dropped, "replayed": facts["replayed"]}
+        | {"groups": data.groups, "notes": data.notes},
         "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "plan": {name: getattr(facts["plan"], name) for name in PLAN_IN_RUN_JSON},
         "training": facts["training"],
@@ -2131,7 +2313,7 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     model.save_pretrained(result, safe_serialization=True)
     tokenizer.save_pretrained(result)
     plot_losses(run, result / "loss.png")
-    texts = {"README.md": model_card(run, output.name), "report.html": report_page(run, data, output.name)}
+    texts = {"README.md": model_card(run, output.name), "report.html": report_page(run, output.name)}
     for name, text in (texts | {"run.json": json_text(run, indent=1) + "\n"}).items():
         (result / name).write_text(text, encoding="utf-8")
     result.rename(output)
@@ -2146,19 +2328,35 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def plot_losses(run: dict, path: Path) -> None:
-    log, best = run["training"]["log"], run["training"]["best_step"]
+    """loss.png: training and held-out loss by update and, where it was measured, the recall that chose the epoch."""
+    training, epochs = run["training"], run["training"].get("epochs") or []
     figure = matplotlib_figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    train_points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    eval_points = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-    if not run["config"]["split_field"]:  # else other rows were measured before
-        eval_points.insert(0, (0, run["evaluation"]["before"]["nll"]))
+    train_points = [(entry["step"], entry["loss"]) for entry in training["log"] if "loss" in entry]
     axes.plot(*zip(*train_points, strict=True), color="#9ab", linewidth=1, label="training, each update")
-    axes.plot(*zip(*eval_points, strict=True), color="#c33", marker="o", label="held out")
-    axes.axvline(best, color="#c33", linestyle=":", label="kept")
+    if held_out := held_out_losses(run):
+        axes.plot(*zip(*held_out, strict=True), color="#c33", marker="o", label="held out")
+    axes.axvline(training["best_step"], color="#c33", linestyle=":", label="kept")
     axes.set(xlabel="update", ylabel="loss (nats a token)", ylim=(0, None))
-    axes.legend()
+    if epochs:
+        right = axes.twinx()
+        points = [(epoch["step"], 100 * epoch["recall"]) for epoch in epochs]
+        right.plot(*zip(*points, strict=True), color="#276", marker="s", markersize=4, label="recall")
+        right.set(ylabel="recall in other words (%)", ylim=(0, 100))
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=120)
+
+
+def held_out_losses(run: dict) -> list[tuple[int, float]]:
+    """(update, loss on the validation rows) of each epoch, the base first if it was measured on them."""
+    training = run.get("training") or {}
+    if epochs := training.get("epochs"):
+        return [(epoch["step"], mean(epoch["nll"])) for epoch in epochs]
+    points = [(entry["step"], entry["eval_loss"]) for entry in training.get("log") or [] if "eval_loss" in entry]
+    before = ((run.get("evaluation") or {}).get("before") or {}).get("nll")
+    if (run.get("config") or {}).get("split_field") or before is None:  # other rows were measured before
+        return points
+    return [(0, before), *points]
 
 
 def harmless(value: Any) -> Any:
@@ -2182,33 +2380,55 @@ def word_diff(text: str, other: str) -> list[tuple[str, bool]]:
     return [("".join(piece for piece, _ in run), new) for new, run in runs]
 
 
-def report_page(run: dict, data: Data, name: str) -> str:
-    """report.html: one page that loads nothing, from data/report.html.jinja. It says which parts a run lacks."""
-    ids = {"train_ids": data.train, "eval_ids": data.eval, "test_ids": data.test}
-    split = {key: [row.id for row in rows] for key, rows in ids.items()}
-    run = harmless(run | {"data": split | {"groups": data.groups, "notes": data.notes} | (run.get("data") or {})})
+def report_page(run: dict, name: str, review: dict | None = None) -> str:
+    """report.html: one page that loads nothing, from data/report.html.jinja, run.json's content and a person's votes
+    (review.json's content). It says which parts a run lacks.
+    """
     page = jinja2.Environment(autoescape=True)
     page.filters["word_diff"] = word_diff
-    samples, regressions = questions_shown(run)
     folder = (run.get("config") or {}).get("output_dir") or f"adapters/{name}"
-    command = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
-    shown = {"title": harmless(name), "samples": samples, "regressions": regressions, "command": command}
+    run = harmless(in_todays_form(run))
+    shown = questions_shown(run) | {"title": harmless(name), "review": harmless(review), "license": base_of(run)[1]}
+    shown["command"] = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
     text = (HERE / "data/report.html.jinja").read_text(encoding="utf-8")
-    return page.from_string(text).render(run=run, license=base_of(run)[1], **shown)
+    return page.from_string(text).render(run=run, held_out_losses=held_out_losses(run), ways=WAYS, **shown)
 
 
-def questions_shown(run: dict) -> tuple[list[dict], list[dict]]:
-    """Some of the answered questions, drawn at random, and those whose reference answer's loss rose most."""
+def in_todays_form(run: dict) -> dict:
+    """A run.json of 0.1.0 kept answers in its arms, losses beside its questions; here both stand in one record each."""
+    evaluation = run.get("evaluation") or {}
+    records = evaluation.get("questions") or []
+    if all("arms" in record for record in records):
+        return run
+    made = []
+    for record in records:
+        arms: dict[str, dict] = {arm: {"nll": nll} for arm, nll in (record.get("nll") or {}).items()}
+        for arm, own in arms.items():
+            answers = (evaluation.get(arm) or {}).get("answers") or {}
+            own |= {"answer": answers[record["id"]]} if record["id"] in answers else {}
+        made.append(record | {"arms": arms})
+    return run | {"evaluation": evaluation | {"questions": made}}
+
+
+def questions_shown(run: dict) -> dict[str, list[dict]]:
+    """samples: some of the answered questions and reworded: some known ones in other words, both drawn at random;
+    regressions: those new ones whose reference answer's loss rose most.
+    """
 
     def rise(record: dict) -> float:
-        before, after = (record["arms"].get(arm, {}).get("nll") for arm in STAGES)
+        before, after = (record["arms"].get(arm, {}).get("nll") for arm in ("before", "after"))
         return after - before if isinstance(before, (int, float)) and isinstance(after, (int, float)) else math.nan
 
-    records = (run.get("evaluation") or {}).get("questions") or []
+    evaluation = run.get("evaluation") or {}
+    records, known = (evaluation.get(part) or [] for part in ("questions", "known"))
     answered = [record for record in records if "answer" in record["arms"].get("after", {})]
     dice = random.Random((run.get("config") or {}).get("seed", 0))
     worst = sorted((record for record in records if math.isfinite(rise(record))), key=rise, reverse=True)
-    return dice.sample(answered, min(SAMPLES_SHOWN, len(answered))), worst[:REGRESSIONS_SHOWN]
+    return {
+        "samples": dice.sample(answered, min(SAMPLES_SHOWN, len(answered))),
+        "reworded": dice.sample(known, min(KNOWN_SHOWN, len(known))),
+        "regressions": worst[:REGRESSIONS_SHOWN],
+    }
 
 
 def base_of(run: dict) -> tuple[str, str | None]:
@@ -2217,9 +2437,9 @@ def base_of(run: dict) -> tuple[str, str | None]:
     return PUBLIC_NAME.get(id, id), LICENSES.get(id)
 
 
-def model_card(run: dict, name: str) -> str:
+def model_card(run: dict, name: str, review: dict | None = None) -> str:
     """README.md of the adapter, from data/model_card.md.jinja: what the hub reads, and what was measured."""
-    run, name = harmless(run), harmless(" ".join(name.split()))
+    run, name, review = harmless(in_todays_form(run)), harmless(" ".join(name.split())), harmless(review)
     base, license_of_base = base_of(run)
     model = run.get("model") or {}
     on_hub = model.get("id") in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
@@ -2237,7 +2457,8 @@ def model_card(run: dict, name: str) -> str:
     page.filters["number"] = number
     metadata = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
     text = (HERE / "data/model_card.md.jinja").read_text(encoding="utf-8")
-    return page.from_string(text).render(run=run, name=name, metadata=metadata, base=base, license=license_of_base)
+    about = {"name": name, "metadata": metadata, "base": base, "license": license_of_base}
+    return page.from_string(text).render(run=run, review=review, **about)
 
 
 def environment() -> dict:
@@ -2356,7 +2577,7 @@ def show_plan(plan: Plan, config: Config) -> None:
 
 
 def show_result(run: dict) -> None:
-    """The numbers, and the first held-out question with its answers: drawn by the split's seed, not picked."""
+    """The numbers, and a known question in other words and a new one, with answers: the first, drawn by lot."""
     training, evaluation = run["training"], run["evaluation"]
     vram, ram = training["peak_vram_gib"], training["peak_ram_gib"]
     memory = f"{ram:.1f} GiB of RAM" if vram is None else f"{vram:.1f} GiB of GPU memory"
@@ -2364,23 +2585,41 @@ def show_result(run: dict) -> None:
     speed = f"{training['tokens_per_second']:.0f} tokens/s, {memory} at most"
     show_evaluation(evaluation)
     say("Training", f"{loss}, {speed}; measuring took {evaluation['seconds']:.0f} s")
-    shown = evaluation["questions"][0]
-    texts = {"Question": shown["question"], "Reference": shown["reference"]}
-    for label, text in (texts | {arm.capitalize(): shown["arms"][arm]["answer"] for arm in STAGES}).items():
-        say(label, " ".join(text.split()))
+    for label, part in (("Known", "known"), ("New", "questions")):
+        for record in evaluation[part][:1]:
+            answers = {name: record["arms"][arm]["answer"] for name, arm in (("Base", "before"), ("Tuned", "after"))}
+            for name, text in ({label: record["question"], "Reference": record["reference"]} | answers).items():
+                say(name, " ".join(text.split()))
 
 
 def show_evaluation(evaluation: dict) -> None:
-    """Arms x metrics, with the change and its 95% interval."""
-    names = ("held-out loss", "right answer first", "chrF", "ROUGE-L", "comes to an end", "words")
-    formats = (".2f", ".0%", ".1f", ".2f", ".0%", ".0f")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for head in ("", "base", "prompted", "tuned", "change [95%]"):
-        table.add_column(head, justify="right" if head else "left", no_wrap=True)
-    for metric, name, form in zip(METRICS, names, formats, strict=True):
-        values = [f"{evaluation[arm][metric]:{form}}" for arm in ARMS]
-        middle, low, high = (f"{value:+{form}}" for value in evaluation["delta"][metric])
-        table.add_row(f"{'':10}{name}", *values, f"{middle} [{low}, {high}]")
+    """Arms x metrics on both sets of questions, with the change from base to tuned and its 95% interval."""
+    rows = [  # name, part of the arm's numbers, metric, its name in delta, format
+        ("New questions", None, "", "", ""),
+        (" loss", None, "nll", "nll", ".2f"),
+        (" right answer first", None, "ranking_top1", "ranking_top1", ".0%"),
+        (" chrF", None, "chrf", "chrf", ".1f"),
+        (" ROUGE-L", None, "rouge_l", "rouge_l", ".2f"),
+        (" comes to an end", None, "eos_rate", "eos_rate", ".0%"),
+        (" words", None, "mean_words", "mean_words", ".0f"),
+        ("Known, reworded", None, "", "", ""),
+        (" recall", "reworded", "recall", "recall", ".0%"),
+        (" chrF", "reworded", "chrf", "chrf_reworded", ".1f"),
+        (" recall as trained", "as_trained", "recall", "recall_as_trained", ".0%"),
+    ]
+    gap = 2 if console.width >= 88 else 1  # 80 columns are enough
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    heads = ("base", "prompted", "lookup", "base\n+rows", "tuned", "tuned\n+rows", "tuned - base [95%]")
+    for head in ("", *heads):
+        table.add_column(head, justify="right" if head else "left", vertical="bottom", no_wrap=True)
+    for name, part, metric, delta, form in rows:
+        if not metric:
+            table.add_row(Text(name, style="bold"))
+            continue
+        arms = [evaluation[arm].get(part, {}) if part else evaluation[arm] for arm in ARMS]
+        change = evaluation["delta"].get(delta)
+        cells = [f"{arm[metric]:{form}}" if metric in arm else "–" for arm in arms]
+        table.add_row(name, *cells, "{} [{}, {}]".format(*(f"{x:+{form}}" for x in change)) if change else "–")
     console.print(table, soft_wrap=not console.is_terminal)
 
 
