@@ -2074,6 +2074,13 @@ def rouge_l(answer: str, reference: str) -> float:
 
 LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
 SAMPLES_SHOWN, REGRESSIONS_SHOWN = 10, 5  # questions side by side in report.html
+# The arms whose answers people judge blind, and what they are called then.
+JUDGED = {
+    "before": "base",
+    "prompted": "base told to be brief",
+    "retrieved": "base with looked-up rows",
+    "after": "tuned",
+}
 PLAN_IN_RUN_JSON = (
     "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
 )  # fmt: skip
@@ -2194,11 +2201,12 @@ def make_run(config: Config, source: Source, tokenizer: Tokenizer, data: Data, f
     dtype = str(compute_dtype(config.fp16)).removeprefix("torch.")
     sides = {"train_ids": data.train, "eval_ids": data.eval} | ({"test_ids": data.test} if config.split_field else {})
     ids = {side: [row.id for row in rows] for side, rows in sides.items()}
+    noted = {"groups": data.groups, "notes": [without_home(note) for note in data.notes]}
     return {
         "status": "complete",
         "config": config_as_json(config),
         "model": {"id": source.id, "revision": source.revision, "dtype": dtype, "quantization": "nf4"},
-        "data": {"files": data.files, **ids, "dropped": data.dropped, "replayed": facts["replayed"]},
+        "data": {"files": data.files, **ids, "dropped": data.dropped, "replayed": facts["replayed"], **noted},
         "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "plan": {name: getattr(facts["plan"], name) for name in PLAN_IN_RUN_JSON},
         "training": facts["training"],
@@ -2216,7 +2224,7 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     model.save_pretrained(result, safe_serialization=True)
     tokenizer.save_pretrained(result)
     plot_losses(run, result / "loss.png")
-    texts = {"README.md": model_card(run, output.name), "report.html": report_page(run, data, output.name)}
+    texts = {"README.md": model_card(run, output.name), "report.html": report_page(run, output.name)}
     for name, text in (texts | {"run.json": json_text(run, indent=1) + "\n"}).items():
         (result / name).write_text(text, encoding="utf-8")
     result.rename(output)
@@ -2267,11 +2275,68 @@ def word_diff(text: str, other: str) -> list[tuple[str, bool]]:
     return [("".join(piece for piece, _ in run), new) for new, run in runs]
 
 
-def report_page(run: dict, data: Data, name: str) -> str:
+def write_pages(folder: Path) -> None:
+    """report.html and README.md of a finished run anew, with the verdict of the people who judged, if there is one."""
+    run = read_json(folder / "run.json")
+    review = read_json(folder / "review.json") if (folder / "review.json").is_file() else None
+    texts = {"README.md": model_card(run, folder.name, review), "report.html": report_page(run, folder.name, review)}
+    for name, text in texts.items():
+        beside = folder / f"{name}.partial"  # renamed when whole: a full disk leaves the old page as it was
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(folder / name)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise BadInput(f"{folder / name}: cannot be written: {error.strerror}") from None
+
+
+def blind_questions(run: dict) -> dict:
+    """What a person judges blind: the questions that every arm answered; answers that read the same are one.
+
+    "answers" tells this run's questions and answers from those of any other. Not in it: which letter an answer gets.
+    """
+
+    def text_of(record: dict, arm: str) -> str | None:
+        answer = (record["arms"].get(arm) or {}).get("answer")
+        return harmless(answer).strip() if isinstance(answer, str) else None
+
+    records, questions = (run.get("evaluation") or {}).get("questions") or [], []
+    arms = [arm for arm in JUDGED if any(text_of(record, arm) is not None for record in records)]
+    for record in records if "after" in arms and len(arms) > 1 else ():
+        same: dict[str | None, list[str]] = {}
+        for arm in arms:
+            same.setdefault(text_of(record, arm), []).append(arm)
+        if None not in same:
+            question = {key: harmless(record[key]) for key in ("id", "question", "reference", "group")}
+            questions.append(question | {"answers": [{"arms": who, "text": text} for text, who in same.items()]})
+    print_of = hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]
+    seed = (run.get("config") or {}).get("seed", 0)
+    return {"seed": seed, "answers": print_of, "arms": arms, "names": JUDGED, "questions": questions}
+
+
+def human_sentence(result: dict) -> str:
+    """What the people who judged blind have said."""
+    own, low, high = result["share"]["after"]
+    others = ", ".join(f"{JUDGED[arm]} {share[0]:.0%}" for arm, share in result["share"].items() if arm != "after")
+    few = "; too few to rule out chance" if result["groups"] < MIN_GROUPS else ""
+    count = f"{result['judged']} question{'s' if result['judged'] > 1 else ''}"
+    preferred = f"People preferred the tuned model in {own:.0%} of {count} [{low:.0%}, {high:.0%}]"
+    return f"{preferred}; {others}, none good {result['none']}{few}"
+
+
+def human_part(run: dict, name: str, review: dict | None) -> dict:
+    """What page and card say of the human verdict: the sentence if there is one, and the command that asks for it."""
+    result = (review or {}).get("result") or {}
+    where = (run.get("config") or {}).get("output_dir") or name
+    where = where if Path(where).name == name else name  # it was moved
+    part = {"command": harmless(f"python chat.py --review {shlex.quote(str(where))}"), "result": result}
+    return part | {"sentence": human_sentence(result) if result.get("judged") else ""}
+
+
+def report_page(run: dict, name: str, review: dict | None = None) -> str:
     """report.html: one page that loads nothing, from data/report.html.jinja. It says which parts a run lacks."""
-    ids = {"train_ids": data.train, "eval_ids": data.eval, "test_ids": data.test}
-    split = {key: [row.id for row in rows] for key, rows in ids.items()}
-    run = harmless(run | {"data": split | {"groups": data.groups, "notes": data.notes} | (run.get("data") or {})})
+    blind, human = blind_questions(run) | {"adapter": harmless(name)}, human_part(run, name, review)
+    run = harmless(run)
     page = jinja2.Environment(autoescape=True)
     page.filters["word_diff"] = word_diff
     samples, regressions = questions_shown(run)
@@ -2279,7 +2344,7 @@ def report_page(run: dict, data: Data, name: str) -> str:
     command = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
     shown = {"title": harmless(name), "samples": samples, "regressions": regressions, "command": command}
     text = (HERE / "data/report.html.jinja").read_text(encoding="utf-8")
-    return page.from_string(text).render(run=run, license=base_of(run)[1], **shown)
+    return page.from_string(text).render(run=run, license=base_of(run)[1], blind=blind, human=human, **shown)
 
 
 def questions_shown(run: dict) -> tuple[list[dict], list[dict]]:
@@ -2302,8 +2367,9 @@ def base_of(run: dict) -> tuple[str, str | None]:
     return PUBLIC_NAME.get(id, id), LICENSES.get(id)
 
 
-def model_card(run: dict, name: str) -> str:
+def model_card(run: dict, name: str, review: dict | None = None) -> str:
     """README.md of the adapter, from data/model_card.md.jinja: what the hub reads, and what was measured."""
+    human = human_part(run, name, review) | {"asks": bool(blind_questions(run)["questions"])}
     run, name = harmless(run), harmless(" ".join(name.split()))
     base, license_of_base = base_of(run)
     model = run.get("model") or {}
@@ -2322,7 +2388,8 @@ def model_card(run: dict, name: str) -> str:
     page.filters["number"] = number
     metadata = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
     text = (HERE / "data/model_card.md.jinja").read_text(encoding="utf-8")
-    return page.from_string(text).render(run=run, name=name, metadata=metadata, base=base, license=license_of_base)
+    shown = {"metadata": metadata, "base": base, "license": license_of_base, "human": human}
+    return page.from_string(text).render(run=run, name=name, **shown)
 
 
 def environment() -> dict:

@@ -107,6 +107,8 @@ def run(data) -> dict:
             "eval_ids": [row.id for row in data.eval],
             "dropped": [{"id": "0123456789", "place": "data/faq_sample.json, row 7", "reason": "repeats row 1"}],
             "replayed": 28,
+            "groups": data.groups,
+            "notes": data.notes,
         },
         "template_sha256": "ab" * 32,
         "plan": {
@@ -187,7 +189,7 @@ class Links(HTMLParser):
 
 
 def test_page_loads_nothing(run, data):
-    page = report_page(run, data, "faq_sample-smollm2")
+    page = report_page(run, "faq_sample-smollm2")
     found = Links(page)
     assert found.loads == ["data:,"] and not found.handlers  # the empty icon, so that no browser asks for one
     assert found.links and all(link.startswith("#") for link in found.links)
@@ -198,7 +200,7 @@ def test_page_loads_nothing(run, data):
 
 
 def test_page_shows_the_numbers_of_the_run(run, data):
-    page = html.unescape(re.sub(r"<[^>]+>", "", report_page(run, data, "faq_sample-smollm2")))
+    page = html.unescape(re.sub(r"<[^>]+>", "", report_page(run, "faq_sample-smollm2")))
     evaluation = run["evaluation"]
     mean, low, high = (f"{value:+.2f}".replace("-", "−") for value in evaluation["delta"]["nll"])
     assert f"{mean} [{low} to {high}]" in page
@@ -236,7 +238,7 @@ def test_a_loss_that_is_no_number_is_no_regression(run, data):
     shown = [q["id"] for q in finetune.questions_shown(broken)[1]]
     rises = rises_of(others)
     assert shown == sorted(rises, key=rises.get, reverse=True)[: finetune.REGRESSIONS_SHOWN]
-    assert report_page(broken, data, "x") and f"{ASKED - 1} of them also answered" in model_card(broken, "x")
+    assert report_page(broken, "x") and f"{ASKED - 1} of them also answered" in model_card(broken, "x")
 
 
 def test_marks_are_the_words_the_reference_lacks(run, data):
@@ -249,7 +251,7 @@ def test_marks_are_the_words_the_reference_lacks(run, data):
     copy = without(run)
     for record in copy["evaluation"]["questions"]:
         record["reference"], record["arms"]["after"]["answer"] = reference, text
-    page = report_page(copy, data, "x")
+    page = report_page(copy, "x")
     assert "You’ll PAY the &lt;<mark>b fee</mark>&gt; first, <mark>won&#39;t you</mark>?" in page
 
 
@@ -273,7 +275,7 @@ def test_page_says_why(case, run, data):
     kept = evaluation["retention"]
     kept |= {"after": kept["before"] * (1 + retention / 100), "change_percent": retention}
     evaluation["verdict"] = judge(evaluation)
-    page = report_page(copy, data, "x")
+    page = report_page(copy, "x")
     [meaning] = re.findall(r'<p class="meaning">(.*?)</p>', page)
     assert f"</span> {label}</p>" in page and words in meaning
     others = {other[5] for other in MEANINGS.values() if other[4] == label} - {words}
@@ -283,13 +285,13 @@ def test_page_says_why(case, run, data):
 def test_no_change_is_not_called_chance(run, data):
     copy = without(run)
     copy["evaluation"]["delta"]["ranking_top1"] = [0.0, 0.0, 0.0]
-    assert report_page(copy, data, "x").count("= no change</span>") == 1
+    assert report_page(copy, "x").count("= no change</span>") == 1
 
 
 @pytest.mark.parametrize("missing", INCOMPLETE)
 def test_parts_may_be_missing(missing, run, data):
     part = without(run, *INCOMPLETE[missing])
-    page, card = report_page(part, data, "x"), model_card(part, "x")
+    page, card = report_page(part, "x"), model_card(part, "x")
     text = re.sub("<script>.*</script>", "", page, flags=re.S) + card
     assert not re.search("Undefined|None(?! to show)", text)
     if "evaluation.verdict" in INCOMPLETE[missing] or "evaluation" in INCOMPLETE[missing]:
@@ -297,10 +299,10 @@ def test_parts_may_be_missing(missing, run, data):
 
 
 def test_hostile_text_stays_text(run, data):
-    plain = Links(report_page(run, data, "x"))
-    page = report_page(hostile(run), data, HOSTILE)
+    plain = Links(report_page(run, "x"))
+    page = report_page(hostile(run), HOSTILE)
     found = Links(page)
-    assert found.tags.count("script") == plain.tags.count("script") == 1
+    assert found.tags.count("script") == plain.tags.count("script") == 3
     assert not found.handlers and found.loads == plain.loads and "img" not in found.tags
     assert "alert(1)" in page and "<script>alert" not in page and "{{7*7}}" in page  # shown, not run
     assert not finetune.BIDI.search(page) and not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]", page)
@@ -316,7 +318,7 @@ def test_command_gives_the_same_run_again(run, data, tmp_path, monkeypatch):
     )  # fmt: skip
     saved = run | {"config": finetune.config_as_json(dataclasses.replace(config, output_dir=folder))}
     (folder / "run.json").write_text(json.dumps(saved), encoding="utf-8")
-    [command] = re.findall(r"<pre [^>]*>(.*?)</pre>", report_page(saved, data, folder.name), re.S)
+    [command] = re.findall(r"<pre [^>]*>(.*?)</pre>", report_page(saved, folder.name), re.S)
     words = shlex.split(html.unescape(re.sub("<[^>]+>", "", command)))
     assert words[:2] == ["python", "finetune.py"]
     again = finetune.parse(words[2:])
@@ -480,7 +482,7 @@ browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine (
 @pytest.mark.parametrize("kind", ["whole", "hostile", "base and tuned only"])
 def test_page_in_a_browser(kind, dark, run, data, tmp_path):
     given = {"whole": run, "hostile": hostile(run)}.get(kind) or without(run, *INCOMPLETE[kind])
-    measured, console = chromium(report_page(given, data, HOSTILE if kind == "hostile" else "x"), tmp_path, dark)
+    measured, console = chromium(report_page(given, HOSTILE if kind == "hostile" else "x"), tmp_path, dark)
     assert not console
     assert [frame["width"] for frame in measured] == list(WIDTHS)
     for frame in measured:
