@@ -2314,6 +2314,20 @@ def blind_questions(run: dict) -> dict:
     return {"seed": seed, "answers": print_of, "arms": arms, "names": JUDGED, "questions": questions}
 
 
+def human_result(blind: dict, votes: list[dict]) -> dict[str, Any]:
+    """How often each arm was voted best, and how much oftener the tuned model, with 95% intervals over groups."""
+    arms, group_of = blind["arms"], {question["id"]: question["group"] for question in blind["questions"]}
+    groups = [group_of[vote["id"]] for vote in votes]
+    none = sum(vote["vote"] == "none" for vote in votes)
+    result: dict[str, Any] = {"judged": len(votes), "none": none, "groups": len(set(groups))}
+    if votes:
+        won = {arm: [(arm in vote["vote"]) / len(vote["vote"]) for vote in votes] for arm in arms}  # arms alike share
+        ahead = {arm: [own - other for own, other in zip(won["after"], won[arm], strict=True)] for arm in arms[:-1]}
+        for part, values in (("share", won), ("after_minus", ahead)):
+            result[part] = {arm: bootstrap(values[arm], groups, blind["seed"]) for arm in values}
+    return result
+
+
 def human_sentence(result: dict) -> str:
     """What the people who judged blind have said."""
     own, low, high = result["share"]["after"]
