@@ -28,7 +28,7 @@ NAMES = {
     "retrieved": "base with looked-up rows",
     "after": "tuned",
 }
-HOSTILE = "\x1b[2J\x1b]0;owned\x07</script><script>window.owned = 1</script><img src=x onerror=alert(1)> \u202e{{7*7}} `"
+HOSTILE = "\x1b[2J\x1b]0;mine\x07</script><script>window.owned = 1</script><img src=x onerror=alert(1)> \u202e{{7*7}} `"
 ALIKE = 5  # the question to which base and prompted base gave one answer
 
 
@@ -36,7 +36,7 @@ def made_up_run(questions: int = 20) -> dict:
     """A finished run by hand; each answer names its arm, so that a test can vote for one."""
     records = []
     for n in range(questions):
-        arms = {arm: {"nll": 1.5, "chrf": 20.0, "answer": f"Answer {n} of <{arm}>. " + "Some words. " * n} for arm in ARMS}
+        arms = {arm: {"nll": 1.5, "answer": f"Answer {n} of <{arm}>. " + "Some words. " * n} for arm in ARMS}
         asked = {"id": f"{n:010x}", "question": f"Question number {n}?", "reference": f"The truth about {n}."}
         records.append(asked | {"group": n // 2 if n < 8 else n, "arms": arms})
     records[ALIKE]["arms"]["prompted"]["answer"] = " " + records[ALIKE]["arms"]["before"]["answer"]
@@ -219,11 +219,11 @@ def test_the_terminal_is_left_as_it_was_found(adapter, tmp_path):
     for end, code in (("q", 0), (signal.SIGTERM, 143), (signal.SIGINT, 0)):
         terminal = Terminal(tmp_path, "--review", "mine")
         terminal.wait("Best?")
-        during = termios.tcgetattr(terminal.child.fd)
+        during = termios.tcgetattr(terminal.child.child_fd)
         assert not during[3] & termios.ICANON
         terminal.type(end) if end == "q" else terminal.child.kill(end)
-        terminal.wait(lambda: termios.tcgetattr(terminal.child.fd)[3] & termios.ICANON)  # noqa: B023
-        after = termios.tcgetattr(terminal.child.fd)
+        terminal.wait(lambda: termios.tcgetattr(terminal.child.child_fd)[3] & termios.ICANON)  # noqa: B023
+        after = termios.tcgetattr(terminal.child.child_fd)
         assert after[3] & termios.ECHO and after[6][termios.VINTR] == b"\x03"
         assert terminal.leave() == code
 
@@ -241,11 +241,18 @@ def test_it_starts_at_once(adapter):
 # In a pipe
 
 
+def letters(vote: dict) -> list[list[str]]:
+    """The arms under a, b, c, d when this vote was given."""
+    if vote["id"] != f"{ALIKE:010x}":
+        return [[arm] for arm in vote["shown"]]
+    return [["before", "prompted"] if arm == "before" else [arm] for arm in vote["shown"] if arm != "prompted"]
+
+
 def test_in_a_pipe(adapter):
     done = piped(adapter, "a\n\nwhat?\nN\nu\nb\ns\nc\n")
     assert done.returncode == 0 and not done.stderr and "\x1b" not in done.stdout
     review = check_result(adapter)
-    assert [vote["vote"] for vote in review["votes"]] == [[vote["shown"][place]] for place, vote in zip((0, 1, 2), review["votes"], strict=True)]
+    assert [letters(vote).index(vote["vote"]) for vote in review["votes"]] == [0, 1, 2]
     assert "3 of 20 judged" in done.stdout and done.stdout.count("The truth about") == 4
     assert "too few to rule out chance" in done.stdout
     seen = re.findall(r"Question number (\d+)\?", done.stdout)
@@ -257,7 +264,8 @@ def test_in_a_pipe(adapter):
     assert again.returncode == 0 and review_of(adapter)["votes"] == []
     page = (adapter / "report.html").read_text()
     assert "Nobody has judged these answers yet" in page and "People preferred" not in page
-    assert "python chat.py --review mine" in page and "`python chat.py --review mine`" in (adapter / "README.md").read_text()
+    command = "python chat.py --review mine"
+    assert command in re.sub("<.*?>", "", page) and f"`{command}`" in (adapter / "README.md").read_text()
 
 
 def test_answers_that_are_the_same_share(adapter):
@@ -323,8 +331,8 @@ BAD_REVIEWS = {
     "votes that are none": ({"version": 1, "seed": 42, "votes": [7]}, "damaged"),
     "another seed": ({"version": 1, "seed": 43, "votes": []}, "another run (seed"),
     "other answers": ({"version": 1, "seed": 42, "answers": "0", "votes": []}, "another run (answers"),
-    "other questions": ({"version": 1, "seed": 42, "votes": [{"id": "x", "vote": "none", "shown": ARMS}]}, "(questions"),
-    "odd id": ({"version": 1, "seed": 42, "votes": [{"id": [], "vote": "none", "shown": ARMS}]}, "(questions"),
+    "other questions": ({"version": 1, "votes": [{"id": "x", "vote": "none", "shown": ARMS}]}, "(questions"),
+    "odd id": ({"version": 1, "votes": [{"id": [], "vote": "none", "shown": ARMS}]}, "(questions"),
 }
 ID = f"{0:010x}"
 BAD_VOTES = {
@@ -369,7 +377,8 @@ def test_flags_that_do_not_fit(adapter, tmp_path):
         command = [sys.executable, str(ROOT / "chat.py"), *args]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    for content, words in [("{}", "no answers"), ('{"evaluation": {"questions": [{"arms": 3}]}}', "damaged"), ("[", "run.json")]:
+    odd = '{"evaluation": {"questions": [{"arms": 3}]}}'
+    for content, words in [("{}", "no answers"), (odd, "damaged"), ("[", "run.json"), ("[]", "damaged")]:
         (adapter / "run.json").write_text(content)
         done = piped(adapter, "")
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -465,7 +474,8 @@ def chromium(folder: Path):
         os.close(back)
 
 
-VISIBLE = "[...document.querySelectorAll('h1, table, section, .sample')].filter(e => e.offsetParent && !e.closest('#judge')).length"
+PARTS = "[...document.querySelectorAll('h1, table, section, .sample')]"
+VISIBLE = f"{PARTS}.filter(e => e.offsetParent && !e.closest('#judge')).length"
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -475,7 +485,8 @@ def text_of(page: Browser, part: str) -> str:
 
 def vote_on_page(page: Browser, arm: str) -> int:
     """Vote by key for the arm, or "n"; returns the number of the question."""
-    assert page.js("document.getElementById('judge-after').hidden") and "truth" not in page.js("document.body.innerText")
+    assert page.js("document.getElementById('judge-after').hidden")
+    assert "truth" not in page.js("document.body.innerText")
     assert "tuned" not in text_of(page, "answers")
     number = int(re.search(r"number (\d+)", text_of(page, "question"))[1])
     code = f"[...document.querySelectorAll('#judge-answers .answer')].findIndex(e => e.textContent.includes('<{arm}>'))"
