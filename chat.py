@@ -1025,10 +1025,12 @@ def ask_votes(review: Review, console: Console, read_key: Callable[[], str]) -> 
             shown = [arm for answer in answers for arm in answer["arms"]]
             review.votes.append({"id": name, "vote": best, "shown": shown})
             review.save()
+            say_line(console, "")
             for letter, answer in zip(letters, answers, strict=False):
                 names = " and ".join(review.blind["names"][arm] for arm in answer["arms"])
-                say_line(console, f"{letter} was {names}", "bold" if letter == key else "")
-            say_line(console, f"The reference answer:\n{questions[name]['reference']}")
+                yours = letter == key
+                say_line(console, f"{letter} was {names}{', your vote' * yours}", "bold" if yours else "")
+            say_line(console, f"\nThe reference answer:\n{questions[name]['reference']}\n")
             if console.is_terminal and sys.stdin.isatty():
                 say_line(console, "any key: next   u: undo   q: stop", "dim")
                 key = read_key()
@@ -1074,7 +1076,7 @@ def single_keys() -> Iterator[Callable[[], str]]:
     elif os.name == "nt":
         import msvcrt
 
-        yield lambda: next(key if key not in "\0\xe0" else key + msvcrt.getwch() for key in [msvcrt.getwch().lower()])
+        yield lambda: key if (key := msvcrt.getwch().lower()) not in "\0\xe0" else key + msvcrt.getwch()
     else:
         import termios
 

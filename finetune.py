@@ -2307,7 +2307,8 @@ def blind_questions(run: dict) -> dict:
         for arm in arms:
             same.setdefault(text_of(record, arm), []).append(arm)
         if None not in same:
-            question = {key: harmless(record[key]) for key in ("id", "question", "reference", "group")}
+            question = {key: harmless(record[key]) for key in ("id", "question", "reference")}
+            question["group"] = record.get("group", question["id"])
             questions.append(question | {"answers": [{"arms": who, "text": text} for text, who in same.items()]})
     print_of = hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]
     seed = (run.get("config") or {}).get("seed", 0)

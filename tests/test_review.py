@@ -19,6 +19,7 @@ import pytest
 from conftest import ROOT
 from test_chat_terminal import CTRL_C, CTRL_D, Terminal
 
+import chat
 import finetune
 
 ARMS = ["before", "prompted", "retrieved", "after"]
@@ -351,37 +352,44 @@ def test_a_review_that_is_damaged_or_of_another_run(case, adapter):
     content, words = BAD_REVIEWS[case]
     raw = content if isinstance(content, bytes) else content if isinstance(content, str) else json.dumps(content)
     (adapter / "review.json").write_bytes(raw if isinstance(raw, bytes) else raw.encode())
-    before = (adapter / "review.json").read_bytes()
+    with pytest.raises(finetune.BadInput) as told:
+        chat.open_review(str(adapter))
+    message = str(told.value)
+    assert words in message and "mine/review.json" in message and "move it away" in message and "\n" not in message
+
+
+def test_nothing_is_overwritten(adapter):
+    (adapter / "review.json").write_text("{")
     done = piped(adapter, "a\n")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
-    assert words in done.stderr and "mine/review.json" in done.stderr and "move it away" in done.stderr
-    assert (adapter / "review.json").read_bytes() == before
+    assert (adapter / "review.json").read_text() == "{" and not (adapter / "report.html").exists()
 
 
 @pytest.mark.parametrize("case", BAD_VOTES)
 def test_votes_that_are_damaged_or_of_another_run(case, adapter, tmp_path):
     fields, words = BAD_VOTES[case]
-    done = piped(adapter, "", "--votes", str(votes_file(tmp_path, **fields)))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout and "\x1b" not in done.stderr
-    assert words in done.stderr and "votes-mine.json" in done.stderr and "report.html" in done.stderr
-    assert not (adapter / "review.json").exists()
+    with pytest.raises(finetune.BadInput) as told:
+        chat.take_votes(chat.open_review(str(adapter)), votes_file(tmp_path, **fields))
+    message = str(told.value)
+    assert words in message and "votes-mine.json" in message and "report.html" in message
+    assert "\x1b" not in message and "\n" not in message and not (adapter / "review.json").exists()
 
 
-def test_flags_that_do_not_fit(adapter, tmp_path):
+def test_flags_that_do_not_fit(adapter, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for args, words in [
         (["--votes", "x.json"], "needs --review"),
         (["--review", "mine", "What?"], "takes no question"),
         (["--review", "mime"], "did you mean mine?"),
         (["--review", "mine", "--votes", "none.json"], "none.json"),
     ]:
-        command = [sys.executable, str(ROOT / "chat.py"), *args]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, stdin=subprocess.DEVNULL)
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        with pytest.raises(finetune.BadInput, match=re.escape(words)):
+            chat.run_review(chat.parse_options(args), sys.stdout)
     odd = '{"evaluation": {"questions": [{"arms": 3}]}}'
     for content, words in [("{}", "no answers"), (odd, "damaged"), ("[", "run.json"), ("[]", "damaged")]:
         (adapter / "run.json").write_text(content)
-        done = piped(adapter, "")
-        assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
+        with pytest.raises(finetune.BadInput, match=words):
+            chat.open_review("mine")
     (adapter / "run.json").unlink()
     assert piped(adapter, "").returncode == 2
 
