@@ -925,12 +925,11 @@ class Review:
     blind: dict[str, Any]  # of finetune.blind_questions, the questions in the order in which they are asked
     votes: list[dict] = dataclasses.field(default_factory=list)  # {"id", "vote": arms or "none", "shown": arms}
 
-    def result(self) -> dict[str, Any]:
-        return finetune.human_result(self.blind, self.votes)
-
     def save(self) -> None:
+        """Readable by its owner alone. "answers" tells this run's questions and answers from any other's."""
         saved = {"version": 1, "seed": self.blind["seed"], "answers": self.blind["answers"], "votes": self.votes}
-        write_whole(self.path, finetune.json_text(saved | {"result": self.result()}, indent=1) + "\n")
+        saved["result"] = finetune.human_result(self.blind, self.votes)
+        write_whole(self.path, finetune.json_text(saved, indent=1) + "\n")
 
 
 def run_review(options: Options, out: TextIO) -> None:
@@ -987,10 +986,8 @@ def read_votes(path: Path, blind: dict, owner: dict, fix: str) -> list[dict]:
     for name, vote, shown in parts:
         may_be = [answer["arms"] for answer in questions[name]["answers"]]
         whole = isinstance(shown, list) and sorted(map(str, shown)) == sorted(blind["arms"])
-        if vote not in [*may_be, "none"] or not whole:
-            raise BadInput(f"{path}: the vote on {clean(name)} is damaged; {fix}")
-    if len({name for name, *_ in parts}) < len(parts):
-        raise BadInput(f"{path}: two votes on one question; {fix}")
+        if vote not in [*may_be, "none"] or not whole or [name for name, *_ in parts].count(name) > 1:
+            raise BadInput(f"{path}: the vote on {name} is damaged, or given twice; {fix}")
     return [{"id": name, "vote": vote, "shown": shown} for name, vote, shown in parts]
 
 
@@ -1010,7 +1007,7 @@ def take_votes(review: Review, path: Path) -> tuple[int, int]:
 def ask_votes(review: Review, console: Console, read_key: Callable[[], str]) -> None:
     """Question by question. Each vote is saved at once; any number of them can be taken back."""
     questions = {question["id"]: question for question in review.blind["questions"]}
-    passed = [vote["id"] for vote in review.votes]
+    passed = [vote["id"] for vote in review.votes]  # those that were skipped too
     waiting = [name for name in questions if name not in passed]
     while waiting:
         name, key = waiting[0], ""
@@ -1093,7 +1090,7 @@ def single_keys() -> Iterator[Callable[[], str]]:
 
 
 def show_result(review: Review, console: Console) -> None:
-    result = review.result()
+    result = finetune.human_result(review.blind, review.votes)
     if review.votes:
         say_line(console, f"\n{finetune.human_sentence(result)}", "bold")
         for arm, (gain, low, high) in result["after_minus"].items():

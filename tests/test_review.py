@@ -342,7 +342,7 @@ BAD_VOTES = {
     "no such answer": ({"votes": [{"id": ID, "vote": ["before", "after"], "shown": ARMS}]}, "damaged"),
     "odd letters": ({"votes": [{"id": ID, "vote": ["after"], "shown": 5}]}, "damaged"),
     "no letters": ({"votes": [{"id": ID, "vote": ["after"]}]}, "damaged"),
-    "twice": ({"votes": [{"id": ID, "vote": ["after"], "shown": ARMS}] * 2}, "two votes"),
+    "twice": ({"votes": [{"id": ID, "vote": ["after"], "shown": ARMS}] * 2}, "given twice"),
     "terminal's orders": ({"votes": [{"id": "\x1b[2J", "vote": "none", "shown": ARMS}]}, "another run (questions"),
 }
 
@@ -484,6 +484,7 @@ def chromium(folder: Path):
 
 PARTS = "[...document.querySelectorAll('h1, table, section, .sample')]"
 VISIBLE = f"{PARTS}.filter(e => e.offsetParent && !e.closest('#judge')).length"
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:"
 OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
 
 
@@ -509,10 +510,13 @@ def test_blind_mode_of_the_page(adapter, tmp_path):
     run["evaluation"]["questions"][0]["arms"]["before"]["answer"] += HOSTILE
     (adapter / "run.json").write_text(json.dumps(run))
     finetune.write_pages(adapter)
+    page_file, head = adapter / "report.html", '<meta charset="utf-8">'
+    policy = f'{head}<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+    page_file.write_text(page_file.read_text().replace(head, policy, 1))
     wanted = [*["after"] * 12, *["before"] * 3, *["prompted"] * 2, "n", "n", "after"]
     with chromium(tmp_path) as page:
         page.look(1400)
-        page.open((adapter / "report.html").as_uri())
+        page.open(page_file.as_uri())
         assert page.js(VISIBLE) > 3
         page.js("document.getElementById('judge-open').click()")
         assert page.js(VISIBLE) == 0 and text_of(page, "progress") == "1 of 20"
@@ -529,7 +533,7 @@ def test_blind_mode_of_the_page(adapter, tmp_path):
         page.key("u")
         given[vote_on_page(page, wanted[7])] = wanted[7]
         shown = text_of(page, "question")
-        page.open((adapter / "report.html").as_uri())  # as a reload
+        page.open(page_file.as_uri())  # as a reload
         page.js("document.getElementById('judge-open').click()")
         assert text_of(page, "progress") == "9 of 20" and text_of(page, "question") != shown
         for arm in wanted[8:]:
