@@ -2170,6 +2170,13 @@ def rouge_l(answer: str, reference: str) -> float:
 
 LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
 SAMPLES_SHOWN, KNOWN_SHOWN, REGRESSIONS_SHOWN = 10, 5, 5  # questions side by side in report.html
+# The arms whose answers people judge blind, and what they are called then.
+JUDGED = {
+    "before": "base",
+    "prompted": "base told to be brief",
+    "retrieved": "base with looked-up rows",
+    "after": "tuned",
+}
 PLAN_IN_RUN_JSON = (
     "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
 )  # fmt: skip
@@ -2290,12 +2297,12 @@ def make_run(config: Config, source: Source, tokenizer: Tokenizer, data: Data, f
     dtype = str(compute_dtype(config.fp16)).removeprefix("torch.")
     sides = {"train_ids": data.train, "eval_ids": data.eval} | ({"test_ids": data.test} if config.split_field else {})
     ids = {side: [row.id for row in rows] for side, rows in sides.items()}
+    noted = {"groups": data.groups, "notes": [without_home(note) for note in data.notes]}
     return {
         "status": "complete",
         "config": config_as_json(config),
         "model": {"id": source.id, "revision": source.revision, "dtype": dtype, "quantization": "nf4"},
-        "data": {"files": data.files, **ids, "dropped": data.dropped, "replayed": facts["replayed"]}
-        | {"groups": data.groups, "notes": data.notes},
+        "data": {"files": data.files, **ids, "dropped": data.dropped, "replayed": facts["replayed"], **noted},
         "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "plan": {name: getattr(facts["plan"], name) for name in PLAN_IN_RUN_JSON},
         "training": facts["training"],
@@ -2380,17 +2387,93 @@ def word_diff(text: str, other: str) -> list[tuple[str, bool]]:
     return [("".join(piece for piece, _ in run), new) for new, run in runs]
 
 
+def write_pages(folder: Path) -> None:
+    """report.html and README.md of a finished run anew, with the verdict of the people who judged, if there is one."""
+    run = read_json(folder / "run.json")
+    review = read_json(folder / "review.json") if (folder / "review.json").is_file() else None
+    texts = {"README.md": model_card(run, folder.name, review), "report.html": report_page(run, folder.name, review)}
+    for name, text in texts.items():
+        beside = folder / f"{name}.partial"  # renamed when whole: a full disk leaves the old page as it was
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(folder / name)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise BadInput(f"{folder / name}: cannot be written: {error.strerror}") from None
+
+
+def blind_questions(run: dict) -> dict:
+    """What a person judges blind: the questions that every arm answered; answers that read the same are one.
+
+    "answers" tells this run's questions and answers from those of any other. Not in it: which letter an answer gets.
+    """
+
+    def text_of(record: dict, arm: str) -> str | None:
+        answer = (record["arms"].get(arm) or {}).get("answer")
+        return harmless(answer).strip() if isinstance(answer, str) else None
+
+    records, questions = (run.get("evaluation") or {}).get("questions") or [], []
+    arms = [arm for arm in JUDGED if any(text_of(record, arm) is not None for record in records)]
+    for record in records if "after" in arms and len(arms) > 1 else ():
+        same: dict[str | None, list[str]] = {}
+        for arm in arms:
+            same.setdefault(text_of(record, arm), []).append(arm)
+        if None not in same:
+            question = {key: harmless(record[key]) for key in ("id", "question", "reference")}
+            question["group"] = record.get("group", question["id"])
+            questions.append(question | {"answers": [{"arms": who, "text": text} for text, who in same.items()]})
+    print_of = hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]
+    seed = (run.get("config") or {}).get("seed", 0)
+    return {"seed": seed, "answers": print_of, "arms": arms, "names": JUDGED, "questions": questions}
+
+
+def human_result(blind: dict, votes: list[dict]) -> dict[str, Any]:
+    """How often each arm was voted best, and how much oftener the tuned model, with 95% intervals over groups."""
+    arms, group_of = blind["arms"], {question["id"]: question["group"] for question in blind["questions"]}
+    groups = [group_of[vote["id"]] for vote in votes]
+    none = sum(vote["vote"] == "none" for vote in votes)
+    result: dict[str, Any] = {"judged": len(votes), "none": none, "groups": len(set(groups))}
+    if votes:
+        won = {arm: [(arm in vote["vote"]) / len(vote["vote"]) for vote in votes] for arm in arms}  # arms alike share
+        ahead = {arm: [own - other for own, other in zip(won["after"], won[arm], strict=True)] for arm in arms[:-1]}
+        for part, values in (("share", won), ("after_minus", ahead)):
+            result[part] = {arm: bootstrap(values[arm], groups, blind["seed"]) for arm in values}
+    return result
+
+
+def human_sentence(result: dict) -> str:
+    """What the people who judged blind have said."""
+    own, low, high = result["share"]["after"]
+    others = ", ".join(f"{JUDGED[arm]} {share[0]:.0%}" for arm, share in result["share"].items() if arm != "after")
+    few = "; too few to rule out chance" if result["groups"] < MIN_GROUPS else ""
+    count = f"{result['judged']} question{'s' if result['judged'] > 1 else ''}"
+    preferred = f"People preferred the tuned model in {own:.0%} of {count} [{low:.0%}, {high:.0%}]"
+    return f"{preferred}; {others}, none good {result['none']}{few}"
+
+
+def human_part(run: dict, name: str, review: dict | None) -> dict:
+    """What page and card say of the human verdict: the sentence if there is one, and the command that asks for it."""
+    result = (review or {}).get("result") or {}
+    where = (run.get("config") or {}).get("output_dir") or name
+    where = where if Path(where).name == name else name  # it was moved
+    part = {"command": harmless(f"python chat.py --review {shlex.quote(str(where))}"), "result": result}
+    return part | {"sentence": human_sentence(result) if result.get("judged") else ""}
+
+
 def report_page(run: dict, name: str, review: dict | None = None) -> str:
     """report.html: one page that loads nothing, from data/report.html.jinja, run.json's content and a person's votes
     (review.json's content). It says which parts a run lacks.
     """
+    run = in_todays_form(run)
+    blind, human = blind_questions(run) | {"adapter": harmless(name)}, human_part(run, name, review)
     page = jinja2.Environment(autoescape=True)
     page.filters["word_diff"] = word_diff
     folder = (run.get("config") or {}).get("output_dir") or f"adapters/{name}"
-    run = harmless(in_todays_form(run))
-    shown = questions_shown(run) | {"title": harmless(name), "review": harmless(review), "license": base_of(run)[1]}
+    run = harmless(run)
+    shown = questions_shown(run) | {"title": harmless(name), "license": base_of(run)[1]}
     shown["command"] = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
     text = (HERE / "data/report.html.jinja").read_text(encoding="utf-8")
+    shown |= {"blind": blind, "human": human}
     return page.from_string(text).render(run=run, held_out_losses=held_out_losses(run), ways=WAYS, **shown)
 
 
@@ -2439,7 +2522,9 @@ def base_of(run: dict) -> tuple[str, str | None]:
 
 def model_card(run: dict, name: str, review: dict | None = None) -> str:
     """README.md of the adapter, from data/model_card.md.jinja: what the hub reads, and what was measured."""
-    run, name, review = harmless(in_todays_form(run)), harmless(" ".join(name.split())), harmless(review)
+    run = in_todays_form(run)
+    human = human_part(run, name, review) | {"asks": bool(blind_questions(run)["questions"])}
+    run, name = harmless(run), harmless(" ".join(name.split()))
     base, license_of_base = base_of(run)
     model = run.get("model") or {}
     on_hub = model.get("id") in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
@@ -2457,8 +2542,8 @@ def model_card(run: dict, name: str, review: dict | None = None) -> str:
     page.filters["number"] = number
     metadata = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
     text = (HERE / "data/model_card.md.jinja").read_text(encoding="utf-8")
-    about = {"name": name, "metadata": metadata, "base": base, "license": license_of_base}
-    return page.from_string(text).render(run=run, review=review, **about)
+    about = {"name": name, "metadata": metadata, "base": base, "license": license_of_base, "human": human}
+    return page.from_string(text).render(run=run, **about)
 
 
 def environment() -> dict:
