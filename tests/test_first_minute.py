@@ -9,10 +9,13 @@ import pyte
 from conftest import ROOT
 
 LABELS = (
-    "Data|Model|LoRA|Before|Replay|Plan|After|Training|Question|Reference|Verdict|Saved|Example|Lengths|Memory|Time"
+    "Data|Model|LoRA|Before|Replay|Plan|After|Training|Known|New|Base|Tuned|Reference|Verdict|Advice|Saved|"
+    "Example|Lengths|Memory|Time|Power"
 )
-# A label in a column of ten, or text in the column beside it: notes, tables, the histogram.
-OURS = re.compile(rf"({LABELS}) +\S| {{10,}}\S| *\d+-\d+ +\d+( █+)?$|$")
+METRICS = "loss|right answer first|chrF|ROUGE-L|comes to an end|words|recall|recall as trained"
+TABLE = rf" ({METRICS}) +[\d–]|Known, reworded$"  # wider than the column beside a label
+# A label in a column of ten, or text in the column beside it: notes, the histogram.
+OURS = re.compile(rf"({LABELS}) +\S| {{10,}}\S| *\d+-\d+ +\d+( █+)?$|{TABLE}|$")
 
 
 def screen_of(folder, *args, timeout=300, **env) -> tuple[int, list[str], str]:

@@ -66,7 +66,8 @@ def test_screen_shows_the_report_and_nothing_else(finished):
     assert done.stderr == ""
     labels = [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
     expected = ["Data", "Model", "LoRA", "Before", "Replay", "Plan"]
-    expected += ["After", "Training", "Question", "Reference", "Before", "After", "Verdict", "Saved"]
+    expected += ["After", "New", "Training", "Known", "Reference", "Base", "Tuned", "New", "Reference", "Base", "Tuned"]
+    expected += ["Verdict", "Advice", "Saved"]
     assert [label for label in labels if label in expected] == expected
     assert "\x1b" not in done.stdout and "Warning" not in done.stdout and "🦥" not in done.stdout
 
