@@ -851,6 +851,34 @@ def saved_split(data: Data, run: dict, where: Path) -> Data:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Other words and look-up: takes questions and rows, gives the rows that are most alike, and a prompt that holds them
+# Pure text: the same in evaluation and in chat.
+
+LOOKED_UP = 3
+ROWS_HEAD = "Here are questions and answers that may help:"
+
+
+def closeness(questions: list[str], others: list[str]) -> np.ndarray:
+    """[len(questions), len(others)]: 0 to 200, how alike two questions are, by letters and by words."""
+    texts = [[normalize(text) for text in some] for some in (questions, others)]
+    scorers = (rapidfuzz.fuzz.ratio, rapidfuzz.fuzz.token_set_ratio)
+    return sum(rapidfuzz.process.cdist(*texts, scorer=scorer) for scorer in scorers)
+
+
+def nearest_rows(question: str, rows: list[Row], count: int = LOOKED_UP) -> list[Row]:
+    """The rows whose questions are most like this one, the nearest first."""
+    order = np.argsort(-closeness([question], [row.question for row in rows])[0], kind="stable")
+    return [rows[place] for place in order[:count]]
+
+
+def with_rows(turns: Iterable[dict], rows: list[Row]) -> tuple[dict, ...]:
+    """A conversation whose last question comes after looked-up rows: the same form in every arm, and in chat."""
+    *earlier, last = turns
+    shown = "\n\n".join(f"Question: {row.question}\nAnswer: {row.answer}" for row in rows)
+    return (*earlier, last | {"content": f"{ROWS_HEAD}\n\n{shown}\n\nQuestion: {last['content']}"})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokens and mask: takes rows, gives what the model reads and which tokens it is taught. Training, evaluation and chat
 # share these. A fault here trains silently to nonsense, so every row is checked.
 
