@@ -31,13 +31,12 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TextIO, get_type_hints
 
 import psutil
-import rapidfuzz.fuzz
 import tyro
 from annotated_types import Ge, Le
 from rich.cells import cell_len, set_cell_size
@@ -66,7 +65,9 @@ TURN_LENGTH = 8  # tokens that one model writes in /compare before the next one'
 TOP = 3  # most likely tokens that /compare shows where two answers diverge
 PROBE = "What does this cover?"  # an adapter that changes no logit after this question has no effect
 NO_EFFECT = "has no effect: its logits are the base's"
-NEAR = 55  # token_sort_ratio from which a training question counts as near
+RETRIEVED, WITH_ROWS = "retrieved", "+rows"  # the base with looked-up rows in its prompt; what an adapter's name gets
+TRAINED = "trained on, "
+NEAR, SAME = 55, 70  # percent alike from which a question counts as near, as the same in other words
 NARROW = 38  # below this width, columns of /compare are shown one under the other
 KEPT = Path("data/kept.jsonl")  # where /keep collects rows
 
@@ -191,21 +192,25 @@ def run_script(options: Options, source: Source, adapters: list[Adapter], out: T
             engine = Engine(source, options.num_ctx, adapters)
             for model in engine.models.values():
                 err.write(f"chat.py: {clean(model.name)} {NO_EFFECT}\n" if model.no_effect else "")
-        names = list(engine.models)
-        names = names if options.compare else names[1:2] or names[:1]  # the first adapter, else the base
+            for problem in engine.find_rows() if options.compare else ():
+                err.write(f"chat.py: {clean(problem)}\n")
         messages = Conversation(readable(options.system or "")).messages(question)
+        names = engine.that_fit(messages, engine.context - 1)
+        names = names if options.compare else names[1:2] or names[:1]  # the first adapter, else the base
         parameters = with_seed(options.parameters)
         for name in names:
             if options.json:
                 answer = engine.answer(messages, name, parameters)
                 fields = {"model": answer.model, "question": question, "answer": answer.text, "tokens": answer.tokens}
                 fields |= {"seconds": round(answer.seconds, 3), "seed": answer.seed}
+                fields |= {"rows": answer.rows} if answer.rows else {}
                 out.write(finetune.json_text(fields) + "\n")
                 out.flush()
                 continue
             if options.compare:
                 out.write(f"[{clean(name)}]\n")
-            write_answer(console, engine.stream(messages, name, parameters))
+            answer = write_answer(console, engine.stream(messages, name, parameters))
+            err.writelines(f"{clean(line)}\n" for line in rows_read([answer]))
 
 
 def read_questions(options: Options) -> Iterator[str]:
@@ -230,6 +235,7 @@ def run_chat(options: Options, source: Source, adapters: list[Adapter], out: Tex
         engine = Engine(source, options.num_ctx, adapters)
         for model in engine.models.values():
             model.capture_ahead()
+        engine.find_rows()
         return engine
 
     for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
@@ -410,19 +416,22 @@ class Chat:
     def with_files(self, question: str) -> str:
         return "\n\n".join([*self.files, question])
 
+    @property
+    def room(self) -> int:
+        """Tokens a prompt may have. The answer gets num_predict tokens, but at most a quarter of the context."""
+        limit, wanted = self.engine.context, self.parameters.num_predict
+        return limit - min(wanted if wanted >= 0 else limit, limit // 4)
+
     def fit_messages(self, question: str, names: list[str], upto: int | None = None) -> list[dict]:
         """What is sent to these models: the question after as many turns as fit. Says so when old turns do not."""
-        # Room is kept for the answer: num_predict tokens, but at most a quarter of the context.
-        limit, wanted = self.engine.context, self.parameters.num_predict
-        room = limit - min(wanted if wanted >= 0 else limit, limit // 4)
 
         def count(messages: list[dict]) -> int:
             return max(self.engine.count(messages, name) for name in names)
 
-        messages, dropped = self.conversation.fit(question, count, room, upto)
+        messages, dropped = self.conversation.fit(question, count, self.room, upto)
         if dropped:
             turns = "oldest turn is" if dropped == 1 else f"{dropped} oldest turns are"
-            self.note(f"The context of {limit} tokens is full: the {turns} no longer sent", "yellow")
+            self.note(f"The context of {self.engine.context} tokens is full: the {turns} no longer sent", "yellow")
         return messages
 
     def answer(self, question: str, name: str, upto: int | None = None) -> Answer:
@@ -433,6 +442,8 @@ class Chat:
         with interruptible() as stop:
             answer = write_answer(self.console, self.engine.stream(messages, name, self.parameters, stop))
         self.last = answer
+        for line in rows_read([answer]):
+            self.note(line)
         limit = self.parameters.num_predict
         if not answer.text:
             self.note("No answer came; the question is not kept")
@@ -464,7 +475,7 @@ class Chat:
             if last := self.last:
                 facts += [f"{last.tokens_per_second:.0f} tok/s", f"first token {last.first_token or 0:.2f} s"]
             facts.append(f"context {self.context_used} of {self.engine.context}")
-        if self.parameters.strength != 1 and self.model_name != BASE:
+        if self.parameters.strength != 1 and self.model_name not in (BASE, RETRIEVED):
             facts.append(f"strength {self.parameters.strength:g}")
         if self.files:
             facts.append(f"{len(self.files)} file(s) with the next question")
@@ -554,11 +565,11 @@ def cmd_show(chat: Chat, rest: str) -> None:
 
 
 def cmd_adapter(chat: Chat, rest: str) -> None:
-    """[NAME|base]: list the models, or let another one answer (F2: on and off)"""
+    """[NAME|base]: list the models, or let another one answer, NAME+rows with looked-up rows (F2: on and off)"""
     if not rest:
         list_models(chat)
         return
-    chat.model_name = rest if rest in chat.engine.models else open_adapter(chat, rest)
+    chat.model_name = rest if is_loaded(chat, rest) else open_adapter(chat, rest)
     if chat.model_name != BASE:
         chat.adapter_name = chat.model_name
     chat.note(f"{chat.model_name} answers from now on")
@@ -570,10 +581,20 @@ def list_models(chat: Chat) -> None:
     for name, model in chat.engine.models.items():
         what = model.adapter.summary if model.adapter else f"{chat.source.id}, without adapter"
         what = NO_EFFECT if model.no_effect else what
+        if model.rows:
+            what = f"with the {finetune.LOOKED_UP} nearest of {len(model.rows)} rows that taught {model.adapter.name}"
         rows.append(("*" if name == chat.model_name else " ", Text(clean(name), "bold"), Text(what, "dim")))
     others = (clean(name) for name in finetune.adapters_on_disk() if name not in chat.engine.models)
     rows += [(" ", Text(name), Text(f"on disk; /adapter {name} loads it", "dim")) for name in others]
     chat.console.print(make_table(rows))
+
+
+def is_loaded(chat: Chat, name: str) -> bool:
+    """Whether a model of that name is there. Raises BadInput if it only lacks rows to look up."""
+    problems = chat.engine.find_rows()
+    if name not in chat.engine.models and problems and (name == RETRIEVED or name.endswith(WITH_ROWS)):
+        raise BadInput(problems[0])
+    return name in chat.engine.models
 
 
 def open_adapter(chat: Chat, name: str) -> str:
@@ -593,7 +614,7 @@ def open_adapter(chat: Chat, name: str) -> str:
 def cmd_regen(chat: Chat, rest: str) -> None:
     """[NAME]: answer the last question again, as another model if you name one"""
     turn, name = chat.last_turn(), rest or chat.model_name
-    if name not in chat.engine.models:
+    if not is_loaded(chat, name):
         raise BadInput(f"no model {name} is loaded{finetune.nearest(name, chat.engine.models)}")
     answer = chat.answer(turn.question, name, upto=-1)
     if answer.text:
@@ -705,11 +726,14 @@ def cmd_copy(chat: Chat, rest: str) -> None:
 
 
 def cmd_compare(chat: Chat, rest: str) -> None:
-    """[QUESTION]: base and every adapter answer at once; without question: the last one again"""
+    """[QUESTION]: base and every adapter, with and without looked-up rows, answer at once; alone: the last question"""
     question, upto = (chat.with_files(rest), None) if rest else (chat.last_turn().question, -1)
+    problems = chat.engine.find_rows()
     answers = answer_with_all(chat, question, upto)
     show_comparison(chat, answers)
     show_divergence(chat, answers)
+    for line in (*rows_read(answers.values()), *problems):
+        chat.note(line)
     show_nearest(chat, question)
     names = list(answers)
     shown = "  ".join(f"{number}: {name}" for number, name in enumerate(names, 1))
@@ -722,9 +746,12 @@ def cmd_compare(chat: Chat, rest: str) -> None:
         chat.typed = picked  # the next question, most likely
 
 
-def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: bool = False) -> dict[str, Answer]:
-    """All answers, shown as they come unless hidden. BadInput: fewer than two have text."""
-    names = list(chat.engine.models)
+def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: Sequence[str] = ()) -> dict[str, Answer]:
+    """All answers, shown as they come; or of the models that are to stay hidden. BadInput: fewer than two have text."""
+    names = chat.engine.that_fit(chat.conversation.messages(question, upto=0), chat.room)
+    if left_out := " and ".join(name for name in chat.engine.models if name not in names):
+        chat.note(f"Without {left_out}: the looked-up rows do not fit into the context", "yellow")
+    names = [name for name in names if name in (hidden or names)]
     if len(names) < 2:
         raise BadInput("there is nothing to compare the base with: /adapter NAME loads an adapter")
     messages = chat.fit_messages(question, names, upto)
@@ -765,8 +792,8 @@ def show_comparison(chat: Chat, answers: dict[str, Answer], heads: Iterable[str]
 
 def show_divergence(chat: Chat, answers: dict[str, Answer]) -> None:
     """Where each answer leaves the first one, mostly the base's, and which tokens both found most likely there."""
-    first, *others = answers
-    for name in others:
+    alike = [name for name, answer in answers.items() if not answer.rows]  # with rows before it, all of it differs
+    for first, name in ((alike[0], name) for name in alike[1:]):
         position = first_difference(answers[first], answers[name])
         if position is None:
             chat.note(f"{first} and {name} gave the same answer")
@@ -797,7 +824,10 @@ def show_nearest(chat: Chat, question: str) -> None:
     adapters = [model.adapter for model in (models[chat.model_name], *models.values()) if model.adapter]
     if near := adapters and nearest_question(adapters[0], question):
         row, score, side = near
-        chat.note(f"Nearest question ({side}{score:.0f}% alike): {row.question}")
+        head = f"Nearest question ({side}{score:.0f}% alike)"
+        if side == TRAINED and score >= SAME:
+            head = f"Trained on this question{', in other words' * (score < 100)} ({score:.0f}% alike)"
+        chat.note(f"{head}: {row.question}")
         chat.note(f"Its reference answer: {row.answer}")
 
 
@@ -814,7 +844,7 @@ def go_on_with(chat: Chat, question: str, answers: dict[str, Answer], name: str,
 def cmd_vote(chat: Chat, rest: str) -> None:
     """[QUESTION]: blind A/B: names hidden, order shuffled; the tally is kept"""
     if rest:
-        answer_with_all(chat, chat.with_files(rest), None, hidden=True)
+        answer_with_all(chat, chat.with_files(rest), None, hidden=(BASE, chat.adapter_name))
     if not chat.compared:
         raise BadInput("nothing was compared yet: /compare QUESTION, or /vote QUESTION")
     question, answers = chat.compared
@@ -1058,6 +1088,7 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt: found in the KV cache, so no prefill was needed for them
     first_token: float | None = None  # seconds until it came
+    rows: list[str] = dataclasses.field(default_factory=list)  # questions of the looked-up rows in its prompt
     ids: list[int] = dataclasses.field(default_factory=list)
     top: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)  # most likely tokens at each step
 
@@ -1124,7 +1155,7 @@ class Conversation:
             used = count(messages)
         if used > room:
             self.skipped = before
-            raise BadInput(f"too long: {used} tokens with the system prompt, and there is room for {room}")
+            raise BadInput(f"too long: {used} tokens with all that goes with it, and there is room for {room}")
         return messages, self.skipped - before
 
     def undo(self) -> Turn:
@@ -1256,6 +1287,15 @@ class Adapter:
         change = "held-out loss {:.2f} -> {:.2f}".format(*losses) if measured else ""
         return clean(": ".join(str(part) for part in (verdict, change) if part))
 
+    @property
+    def files(self) -> list[dict]:
+        files = self.part("data").get("files")
+        return [file for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+
+    def rows_at_hand(self) -> list[finetune.Row]:
+        """Of the data files that run.json names, held-out ones too."""
+        return [row for file in self.files for row in rows_of_file(file, self.part("config"))]
+
     def part(self, *names: str) -> dict:
         """An object within run.json; empty if it is not there."""
         found: Any = self.run
@@ -1315,23 +1355,32 @@ def check_base(adapter: Adapter, source: Source) -> None:
 
 
 def nearest_question(adapter: Adapter, question: str) -> tuple[finetune.Row, float, str] | None:
-    """(row, likeness in percent, "trained on, ", "held out, " or "") from the data that run.json names, if at hand."""
-    data, config = adapter.part("data"), adapter.part("config")
-    rows = [row for file in data.get("files") or [] for row in rows_of_file(file, config)]
-    wanted = finetune.normalize(question)
-    scored = [(rapidfuzz.fuzz.token_sort_ratio(wanted, finetune.normalize(row.question)), row) for row in rows]
-    score, row = max(scored, key=lambda pair: pair[0], default=(0, None))
-    if row is None or score < NEAR:
+    """(row, likeness in percent, TRAINED, "held out, " or "") from the data that run.json names, if at hand."""
+    data, rows = adapter.part("data"), adapter.rows_at_hand()
+    row = finetune.nearest_rows(question, rows, 1)[0] if rows else None
+    score = float(finetune.closeness([question], [row.question])[0, 0]) / 2 if row else 0
+    if score < NEAR:
         return None
     # A row that was edited since, or dropped as a duplicate, is in none of these lists.
-    sides = {"trained on, ": ["train_ids"], "held out, ": ["eval_ids", "test_ids"]}
+    sides = {TRAINED: ["train_ids"], "held out, ": ["eval_ids", "test_ids"]}
     known = (side for side, lists in sides.items() if any(row.id in (data.get(name) or []) for name in lists))
     return row, score, next(known, "")
 
 
+def trained_rows(adapter: Adapter) -> list[finetune.Row]:
+    """The rows that an adapter was trained on, in training's order. Raises BadInput that says how to have them here."""
+    there, ids = {row.id: row for row in adapter.rows_at_hand()}, adapter.part("data").get("train_ids")
+    rows = [there[name] for name in map(str, ids if isinstance(ids, list) else ()) if name in there]
+    if not rows:
+        files = " and ".join(str(file.get("path")) for file in adapter.files)
+        fix = f"put {files} back as it was" if files else "its run.json, as finetune.py writes it, would name them"
+        raise BadInput(f"No looked-up rows: those that taught {adapter.name} are not at hand; {fix}")
+    return rows
+
+
 def rows_of_file(file: Any, config: dict) -> list[finetune.Row]:
     """The rows of one data file of a run; none if the file is gone or no longer readable."""
-    with contextlib.suppress(BadInput, KeyError, TypeError):
+    with contextlib.suppress(BadInput, KeyError, TypeError, OSError, RuntimeError):
         paths = [Path(file["path"]).expanduser(), finetune.HERE / file["path"]]
         for path in filter(Path.is_file, paths):
             return finetune.read_rows(path, config.get("question_field"), config.get("answer_field"))
@@ -1518,13 +1567,21 @@ def marked(text: str, other: str, plain: bool = False) -> Text:
 
 
 def side_by_side(answers: list[tuple[str, str, str | Text]], width: int) -> RenderableType:
-    """(head, speed, text) of each model: in columns, or one under the other where columns would be narrow."""
+    """(head, speed, text) of each model: in as many columns as are not narrow, the others below."""
     heads = [Text.assemble((clean(head), "bold"), "  ", (speed, "dim")) for head, speed, _ in answers]
     texts = [text if isinstance(text, Text) else Text(clean(text)) for *_, text in answers]
-    rows = [heads, texts]
-    if width // len(answers) < NARROW:
-        rows = [[part] for pair in zip(heads, texts, strict=True) for part in (*pair, "")]
-    return make_table(rows, [{"ratio": 1, "overflow": "fold"}] * len(rows[0]), expand=True)
+    columns, rows = min(len(answers), max(1, width // NARROW)), []
+    for start in range(0, len(answers), columns):
+        rows += [heads[start : start + columns], texts[start : start + columns], [""]]
+    return make_table(rows, [{"ratio": 1, "overflow": "fold"}] * columns, expand=True)
+
+
+def rows_read(answers: Iterable[Answer]) -> Iterator[str]:
+    """Lines that name the looked-up rows in the prompts of these answers."""
+    for rows, readers in itertools.groupby(answers, lambda answer: answer.rows):
+        if rows:
+            yield f"Rows in the prompt of {' and '.join(answer.model for answer in readers)}:"
+            yield from (f"  {' '.join(row.split())[:100]}" for row in rows)
 
 
 def speed_of(answer: Answer) -> str:
@@ -1738,6 +1795,23 @@ class Engine:
         self.active = ("lora0", 1.0)
         self.activate(None)
 
+    def find_rows(self) -> list[str]:
+        """Put `retrieved` and NAME+rows beside the others where rows are at hand; returns why they are not."""
+        problems, adapters = [], [model for model in self.models.values() if model.adapter and not model.rows]
+        for model in (model for model in adapters if model.name + WITH_ROWS not in self.models):
+            try:
+                rows = trained_rows(model.adapter)
+                for name, like in ((RETRIEVED, self.models[BASE]), (model.name + WITH_ROWS, model)):
+                    new = ChatModel(self, name, like.key, like.tokenizer, model.adapter, rows=rows)
+                    self.models.setdefault(name, new)
+            except BadInput as problem:
+                problems.append(str(problem))
+        return problems
+
+    def that_fit(self, messages: list[dict], room: int) -> list[str]:
+        """All models but those in whose prompt looked-up rows have no room."""
+        return [name for name, model in self.models.items() if not model.rows or self.count(messages, name) <= room]
+
     def activate(self, key: str | None, strength: float = 1.0) -> None:
         """Switch an adapter on in transformers' network, or all off, without touching a weight."""
         if (key, strength) == self.active or not hasattr(self.network, "peft_config"):
@@ -1767,7 +1841,7 @@ class Engine:
             raise BadInput(f"the question has {len(ids)} tokens; the context holds {self.context}")
         limit = min(room, parameters.num_predict) if parameters.num_predict >= 0 else room
         parameters = with_seed(parameters)
-        answer = Answer(name, seed=parameters.seed)
+        answer = Answer(name, seed=parameters.seed, rows=[row.question for row in model.look_up(messages)])
         sampler, words = Sampler(parameters, ids, self.network.device), Detokenizer(model.tokenizer)
         unread = model.rewind(ids, parameters.strength if model.key else 1.0)
         answer.prompt_tokens, answer.cached_tokens = len(ids), len(ids) - len(unread)
@@ -1823,7 +1897,7 @@ class Engine:
     def score(self, messages: list[dict], text: str, name: str, strength: float = 1.0) -> tuple[float, int]:
         """Mean log-probability of `text` (and the EOS after it) as the answer, and how many tokens that are."""
         model = self.models[name]
-        example = finetune.to_example(model.tokenizer, finetune.Row(tuple(messages), text, ""))
+        example = finetune.to_example(model.tokenizer, finetune.Row(model.prompt(messages), text, ""))
         if len(example.input_ids) > self.context:
             raise BadInput(f"question and text have {len(example.input_ids)} tokens; the context holds {self.context}")
         self.activate(model.key, strength)
@@ -1839,8 +1913,9 @@ class Engine:
 class ChatModel:
     """A name that can answer, the base or an adapter, and its KV cache: a LoRA at one strength has its own values."""
 
-    def __init__(self, engine: Engine, name: str, key: str | None, tokenizer: Any, adapter: Any = None, plain=False):
+    def __init__(self, engine: Engine, name: str, key: str | None, tokenizer: Any, adapter=None, plain=False, rows=()):
         self.engine, self.name, self.tokenizer, self.adapter = engine, name, tokenizer, adapter
+        self.rows: Sequence[finetune.Row] = rows  # in which it looks up what goes into its prompt
         self.key = key  # PEFT's name of the adapter; None: the base itself
         self.fast = engine.fast if engine.fast and not plain and key in (None, *engine.fast.loras) else None
         self.stops, self.no_effect = stop_ids(tokenizer, engine.network), False
@@ -1853,8 +1928,18 @@ class ChatModel:
     def tokenize(self, messages: list[dict]) -> list[int]:
         """The chat counts a question's tokens before it asks, so the last ones are remembered."""
         if self.tokenized[0] != messages:
-            self.tokenized = messages, chat_ids(self.tokenizer, messages, add_generation_prompt=True)
+            self.tokenized = messages, chat_ids(self.tokenizer, self.prompt(messages), add_generation_prompt=True)
         return self.tokenized[1]
+
+    def look_up(self, messages: list[dict]) -> list[finetune.Row]:
+        """The rows that go with the last question; none where an answer is last."""
+        asked = self.rows and messages[-1]["role"] == "user"
+        return finetune.nearest_rows(messages[-1]["content"], self.rows) if asked else []
+
+    def prompt(self, messages: list[dict]) -> tuple[dict, ...]:
+        """What it reads: the plain conversation, its last question with the rows."""
+        rows = self.look_up(messages)
+        return finetune.with_rows(messages, rows) if rows else tuple(messages)
 
     def rewind(self, ids: list[int], strength: float) -> list[int]:
         """Forget all but the longest start that it shares with `ids`; returns the tokens that need a prefill."""
@@ -1912,7 +1997,7 @@ class ChatModel:
     def capture_ahead(self) -> None:
         """Record the CUDA graph of the next question's prefill; reads nothing. 0.3 s, once for each cache size."""
         end = len(self.cached) + WINDOW
-        if self.fast and self.fast.graphs and end <= self.engine.context:
+        if self.fast and self.fast.graphs and end <= self.engine.context and not self.rows:  # those make it longer
             with torch.inference_mode():
                 self.fast.capture(self.static_cache(end), self.key, WINDOW, len(self.cached))
 

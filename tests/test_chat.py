@@ -140,6 +140,49 @@ def test_strength(engine, reference):
     assert ids(2) != ids(1)
 
 
+@pytest.fixture(scope="module")
+def looking_up(embedded, embedded_adapter) -> Engine:
+    """With an adapter whose training rows are at hand: twelve, in another order than in their file."""
+    engine = Engine(embedded)
+    adapter = trained_on(chat.read_adapter(embedded_adapter))
+    engine.load_adapter(adapter)
+    assert engine.find_rows() == [] and list(engine.models) == [BASE, "faq-smollm2", "retrieved", "faq-smollm2+rows"]
+    return engine
+
+
+def trained_on(adapter: chat.Adapter) -> chat.Adapter:
+    """As if its held-out rows were those that it was trained on."""
+    data = adapter.run["data"]
+    data = data | {"train_ids": data["eval_ids"][::-1], "eval_ids": []}
+    return dataclasses.replace(adapter, run=adapter.run | {"data": data})
+
+
+def test_looked_up_rows_stand_in_the_prompt_as_in_evaluation(looking_up):
+    adapter = looking_up.models["faq-smollm2"].adapter
+    rows = finetune.read_rows(adapter.path.parent / "faq-smollm2.json")[::-1]
+    assert looking_up.models["retrieved"].rows == rows, "in training's order"
+    turns = talk("What is a premium?", "A price.", "charged for car twice, why pls")
+    near = finetune.nearest_rows(turns[-1]["content"], rows)
+    assert len(near) == finetune.LOOKED_UP
+    for name, plain in (("retrieved", BASE), ("faq-smollm2+rows", "faq-smollm2")):
+        model, tokenizer = looking_up.models[name], looking_up.models[plain].tokenizer
+        for messages in (turns, turns[-1:], [{"role": "system", "content": "Be brief."}, *turns]):
+            wanted = chat.chat_ids(tokenizer, list(finetune.with_rows(messages, near)), add_generation_prompt=True)
+            assert model.tokenize(messages) == wanted
+        text = tokenizer.decode(model.tokenize(turns))
+        assert text.count(finetune.ROWS_HEAD) == 1 and text.index("A price.") < text.index(finetune.ROWS_HEAD)
+        assert looking_up.count(turns[:2], name) == looking_up.count(turns[:2], plain), "no question, no rows"
+        answer = looking_up.answer(turns, name, GREEDY)
+        same = looking_up.answer(list(finetune.with_rows(turns, near)), plain, GREEDY)
+        assert answer.ids == same.ids and answer.rows == [row.question for row in near] and not same.rows
+        score = looking_up.score(turns, "You pay twice.", name)
+        assert score == looking_up.score(list(finetune.with_rows(turns, near)), "You pay twice.", plain)
+    pieces = looking_up.compare(turns, looking_up.models, GREEDY)
+    together = {piece.answer.model: piece.answer.ids for piece in pieces}
+    assert together == {name: looking_up.answer(turns, name, GREEDY).ids for name in looking_up.models}
+    assert len({tuple(ids) for ids in together.values()}) > 2
+
+
 def test_score_is_the_loss_that_transformers_computes(engine):
     import torch
 
@@ -504,6 +547,26 @@ def test_nearest_question(tiny_adapter):
     assert chat.nearest_question(chat.read_adapter(tiny_adapter), "zebra quantum") is None
 
 
+def test_rows_at_hand(tiny_adapter, tmp_path):
+    adapter = chat.read_adapter(tiny_adapter)
+    assert [row.question for row in chat.trained_rows(trained_on(adapter))] == list(LEARNT)[::-1]
+    files = adapter.run["data"]["files"]
+    odd = [7, {}, {"path": 5}, {"path": "x" * 5000}, {"path": "~nobody"}, {"path": "\0"}]
+    damaged = ({}, [], None, "x", {"files": 3}, {"files": odd})
+    damaged += ({"files": files}, {"files": files, "train_ids": 5}, {"files": files, "train_ids": [[], {}, "0" * 10]})
+    for data in damaged:
+        with pytest.raises(BadInput, match=r"those that taught recites are not at hand; .*(put .* back|run.json)"):
+            chat.trained_rows(dataclasses.replace(adapter, run={"data": data}))
+
+
+def test_answers_in_as_many_columns_as_fit():
+    console = Console(file=io.StringIO(), width=100)
+    answers = [(name, "", f"text-{name}") for name in ("one", "two", "three", "four", "five")]
+    lines = [line.split() for line in chat.render(console, chat.side_by_side(answers, 100)).split("\n")]
+    assert lines == [["one", "two"], ["text-one", "text-two"], [], ["three", "four"], ["text-three", "text-four"], [],
+                     ["five"], ["text-five"]]  # fmt: skip
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The chat without a terminal: lines in, what it shows out
 
@@ -636,6 +699,53 @@ def test_nearest_question_is_of_the_adapter_that_answers(typed, home, monkeypatc
         typed(line)
         chat.show_nearest(typed.chat, "Hello")
     assert asked == ["other", "recites", "recites"]
+
+
+@pytest.fixture
+def data(home):
+    """The current folder, with the rows on which the adapter was trained in faq.json."""
+    questions = [{"question": question, "answer": "Fire."} for question in LEARNT]
+    (home / "faq.json").write_text(json.dumps(questions))
+    ids = [row.id for row in finetune.read_rows(home / "faq.json")]
+    path = home / "adapters/recites/run.json"
+    path.write_text(json.dumps(saved(path) | {"data": {"files": [{"path": "faq.json"}], "train_ids": ids}}))
+    return home
+
+
+def test_looked_up_rows_in_the_chat(data, typed):
+    chat_ = typed.chat
+    chat_.engine.models["recites"].adapter = chat.read_adapter(data / "adapters/recites")
+    (data / "faq.json").rename(data / "away.json")
+    for line in ("/adapter retrieved", "/adapter recites+rows"):
+        shown = " ".join(typed(line).split())
+        assert "not at hand; put faq.json back as it was" in shown and chat_.model_name == "recites"
+    shown = typed("/compare Hello", "")
+    assert "not at hand" in shown and "Rows in the prompt" not in shown
+    (data / "away.json").rename(data / "faq.json")
+
+    chat_.engine.context = 400
+    shown = typed("/compare Hello", "4")
+    assert "Rows in the prompt of retrieved and recites+rows:\n  Hello\n" in shown and "not at hand" not in shown
+    assert "Trained on this question (100% alike): Hello" in shown and shown.count("diverge at") == 1
+    assert "Going on with the answer of recites+rows" in shown
+    assert "Trained on this question, in other words (" in typed("/compare is it covered, what is", "")
+    shown = typed("/adapter retrieved", "Tell me more", "/regen recites+rows", "/adapter")
+    assert shown.count("Rows in the prompt of") == 2 and "with the 3 nearest of 3 rows that taught recites" in shown
+    assert chat_.adapter_name == "retrieved" and "F2: base" in chat_.toolbar()
+    first, second = chat_.conversation.turns
+    assert (first.question, second.question) == ("Hello", "Tell me more"), "what is kept is the plain question"
+    assert [reply.model for reply in second.replies] == ["retrieved", "recites+rows"]
+    assert finetune.ROWS_HEAD not in json.dumps(chat_.conversation.as_json())
+    assert "retrieved" in typed("/score Fire.") and "failed" not in typed("/vote Hello", "a", "/stats", "/undo")
+
+    hostile = finetune.Row(tuple(ask("Hello \x1b[2J\n\u202e" + "long " * 99)), "Fire.", "")
+    chat_.engine.models["retrieved"].rows = [hostile]
+    shown = typed("/clear", "Hello")
+    assert "  Hello \ufffd[2J \ufffdlong long" in shown and "\x1b" not in shown and len(shown) < 1000
+    chat_.engine.context = 100
+    chat_.conversation.turns.clear()
+    shown = typed("/compare Hello", "")
+    assert "Without retrieved and recites+rows: the looked-up rows do not fit" in shown and "diverge" in shown
 
 
 def test_saving_into_a_folder_is_refused_at_once(typed, home):
@@ -788,6 +898,24 @@ def test_comparison_in_a_pipe(script):
     assert "\x1b" not in out
 
 
+def test_looked_up_rows_in_a_pipe(script, data):
+    code, out, errors = script("--compare", "--num-predict", "3", stdin="Hello\n")
+    names = ["base", "recites", "retrieved", "recites+rows"]
+    assert code == 0 and re.findall(r"^\[(.*)\]$", out, re.MULTILINE) == names
+    for name in names[2:]:
+        assert f"Rows in the prompt of {name}:\n  Hello\n" in errors
+    code, out, errors = script("--compare", "--json", "--num-predict", "3", stdin="Hello\n")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert (code, errors) == (0, "") and "\x1b" not in out
+    assert [len(line.get("rows", ())) for line in lines] == [0, 0, 3, 3] and lines[2]["rows"][0] == "Hello"
+    code, out, errors = script("--compare", "--num-ctx", "64", "--num-predict", "3", stdin="Hello\n")
+    assert code == 0 and re.findall(r"^\[(.*)\]$", out, re.MULTILINE) == names[:2], "where the rows do not fit"
+    (data / "faq.json").unlink()
+    code, out, errors = script("--compare", "--num-predict", "3", stdin="Hello\n")
+    assert code == 0 and errors.count("\n") == 1 and "not at hand; put faq.json back" in errors
+    assert script("--num-predict", "3", stdin="Hello\n")[2] == ""
+
+
 def test_nothing_to_answer(script):
     assert script(stdin="\n\n") == (0, "", "")
 
@@ -837,7 +965,7 @@ def test_any_bytes_by_pipe(home, tiny):
         done = subprocess.run(
             [*map(str, command), *flags], input=b"\xef\xbb\xbf" + b"\n".join(some), capture_output=True
         )
-        assert (done.returncode, done.stderr) == (0, b""), done.stderr.decode()
+        assert done.returncode == 0 and done.stderr.count(b"\n") == ("--compare" in flags), done.stderr.decode()
         out = done.stdout.decode()
         assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", out)
         if flags == ["--json"]:
