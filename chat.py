@@ -93,7 +93,7 @@ class Options:
     system: str | None = None  # System prompt.
     go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False  # Open the last conversation again.
     compare: bool = False  # Base and every adapter answer each question.
-    json: bool = False  # One JSON object a line: model, question, answer, tokens, seconds, seed.
+    json: bool = False  # One JSON object a line: model, question, answer, tokens, seconds, seed; looked-up rows, if any.
     # All of stdin is one question, not each line; it follows the question given here, if any.
     whole_input: bool = False
     review: str | None = None  # Judge this adapter's saved answers blind, beside the base's: no model is loaded.
@@ -238,14 +238,19 @@ def run_chat(options: Options, source: Source, adapters: list[Adapter], out: Tex
         engine.find_rows()
         return engine
 
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    exit_on_signals()
     chat = Chat(options, source, adapters, Future(), out)
     loader = ThreadPoolExecutor(1, "load")
     chat.loading = loader.submit(load)  # only now: the prompt's own imports would wait for those of torch
     chat.loading.add_done_callback(chat.stop_prompt)
     loader.shutdown(wait=False)  # the thread ends with its work
     chat.run()
+
+
+def exit_on_signals() -> None:
+    """So that the terminal is put back as it was."""
+    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
 
 
 def describe(error: Exception) -> str:
@@ -321,7 +326,7 @@ class Chat:
         return list(dict.fromkeys([*loaded, *finetune.adapters_on_disk()]))
 
     def note(self, text: str, style: str = "dim") -> None:
-        self.console.print(Text(clean(text)), style=style)
+        say(self.console, text, style)
 
     def ask(self, question: str) -> str:
         """A question of ours within the chat; Ctrl-C and Ctrl-D are an empty answer."""
@@ -907,7 +912,7 @@ def run_review(options: Options, out: TextIO) -> None:
     try:
         if options.votes:
             taken, known = take_votes(review, options.votes)
-            say_line(console, f"{taken} votes taken in; {known} of these questions had been judged here, which stays")
+            say(console, f"{taken} votes taken in; {known} of these questions had been judged here, which stays")
         else:
             with single_keys() as read_key:
                 ask_votes(review, console, read_key)
@@ -989,14 +994,14 @@ def ask_votes(review: Review, console: Console, read_key: Callable[[], str]) -> 
             shown = [arm for answer in answers for arm in answer["arms"]]
             review.votes.append({"id": name, "vote": best, "shown": shown})
             review.save()
-            say_line(console, "")
+            say(console, "")
             for letter, answer in zip(letters, answers, strict=False):
                 names = " and ".join(review.blind["names"][arm] for arm in answer["arms"])
                 yours = letter == key
-                say_line(console, f"{letter} was {names}{', your vote' * yours}", "bold" if yours else "")
-            say_line(console, f"\nThe reference answer:\n{questions[name]['reference']}\n")
+                say(console, f"{letter} was {names}{', your vote' * yours}", "bold" if yours else "")
+            say(console, f"\nThe reference answer:\n{questions[name]['reference']}\n")
             if console.is_terminal and sys.stdin.isatty():
-                say_line(console, "any key: next   u: undo   q: stop", "dim")
+                say(console, "any key: next   u: undo   q: stop", "dim")
                 key = read_key()
         if key in STOPS:
             return
@@ -1011,60 +1016,45 @@ def show_blind(review: Review, question: dict, console: Console, progress: str) 
     answers = list(question["answers"])
     random.Random(f"{review.blind['seed']} {question['id']}").shuffle(answers)
     rows = [(letter, "", answer["text"] or "(empty)") for letter, answer in zip(LETTERS, answers, strict=False)]
-    say_line(console, "\n" + f"-- {progress} ".ljust(console.width - 1, "-"), "dim")
-    say_line(console, question["question"] + "\n", "bold")
+    say(console, "\n" + f"-- {progress} ".ljust(console.width - 1, "-"), "dim")
+    say(console, question["question"] + "\n", "bold")
     console.file.write(render(console, side_by_side(rows, console.width)) + "\n\n")
-    say_line(console, f"Best? {' '.join(LETTERS[: len(rows)])}   n: none   s: skip   u: undo   q: stop", "dim")
+    say(console, f"Best? {' '.join(LETTERS[: len(rows)])}   n: none   s: skip   u: undo   q: stop", "dim")
     return answers
-
-
-def say_line(console: Console, text: str, style: str = "") -> None:
-    console.print(Text(clean(text), style, overflow="fold"))
 
 
 @contextlib.contextmanager
 def single_keys() -> Iterator[Callable[[], str]]:
     """Gives a function that waits for a key, without Enter; in a pipe for a line, whose first letter it gives."""
-    pending: list[str] = []
-
-    def read_key() -> str:
-        if not pending:
-            typed = os.read(0, 1024).decode(errors="replace") or "q"  # nothing: the terminal is gone
-            pending.extend([typed] if typed[0] == "\x1b" else typed)  # an arrow key is one key
-        return pending.pop(0).lower()
-
     if not (sys.stdin and sys.stdin.isatty()):
         with contextlib.suppress(AttributeError):
             sys.stdin.reconfigure(errors="replace")
         yield lambda: next(iter(sys.stdin or ()), "q").strip()[:1].lower()
-    elif os.name == "nt":
-        import msvcrt
+        return
+    exit_on_signals()
+    keyboard, pending = prompt_toolkit.input.create_input(), []
 
-        yield lambda: key if (key := msvcrt.getwch().lower()) not in "\0\xe0" else key + msvcrt.getwch()
-    else:
-        import termios
+    def read_key() -> str:
+        while not pending:
+            if not os.isatty(0):  # the terminal is gone
+                return "q"
+            time.sleep(0.02)
+            pending.extend(keyboard.read_keys() or keyboard.flush_keys())
+        return pending.pop(0).data.lower()
 
-        before, now = termios.tcgetattr(0), termios.tcgetattr(0)
-        now[3] &= ~(termios.ICANON | termios.ECHO)
-        now[6][termios.VINTR] = b"\0"  # Ctrl-C is a key as any other, so it cannot come while a file is written
-        for name in ("SIGTERM", "SIGHUP"):
-            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
-        try:
-            termios.tcsetattr(0, termios.TCSADRAIN, now)
-            yield read_key
-        finally:
-            termios.tcsetattr(0, termios.TCSADRAIN, before)
+    with keyboard.raw_mode():  # Ctrl-C is a key as any other, so it cannot come while a file is written
+        yield read_key
 
 
 def show_result(review: Review, console: Console) -> None:
     result = finetune.human_result(review.blind, review.votes)
     if review.votes:
-        say_line(console, f"\n{finetune.human_sentence(result)}", "bold")
+        say(console, f"\n{finetune.human_sentence(result)}", "bold")
         for arm, (gain, low, high) in result["after_minus"].items():
             interval = f"{gain * 100:+.0f} points [{low * 100:+.0f}, {high * 100:+.0f}]"
-            say_line(console, f"tuned less {review.blind['names'][arm]}: {interval}")
+            say(console, f"tuned less {review.blind['names'][arm]}: {interval}")
     count = f"{len(review.votes)} of {len(review.blind['questions'])}"
-    say_line(console, f"{count} judged; {finetune.without_home(review.path)}, and report.html beside it")
+    say(console, f"{count} judged; {finetune.without_home(review.path)}, and report.html beside it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1407,6 +1397,10 @@ def make_console(file: TextIO) -> Console:
     if file.isatty() and (console.is_dumb_terminal or not os.isatty(0)):
         console.size = os.get_terminal_size(file.fileno())
     return console
+
+
+def say(console: Console, text: str, style: str = "") -> None:
+    console.print(Text(clean(text), overflow="fold"), style=style)
 
 
 def can_repaint(console: Console) -> bool:

@@ -229,6 +229,37 @@ def test_nearest_training_question(chat):
     chat.wait(chat.prompts)
 
 
+def test_looked_up_rows(tiny_chat, tmp_path):
+    path = tmp_path / "adapters/recites/run.json"
+    run = json.loads(path.read_text())
+    run["data"] |= {"train_ids": run["data"]["eval_ids"], "eval_ids": []}
+    path.write_text(json.dumps(run))
+    terminal = tiny_chat("--num-predict", "10")
+    terminal.type("/compare the policy, what is covered\r")
+    terminal.wait("Go on with the answer of 1: base  2: recites  3: retrieved  4: recites+rows  Enter: none")
+    terminal.wait(terminal.asks)
+    text = terminal.since("/compare the")
+    for heads in ("base  .* recites  ", r"retrieved  .* recites\+rows  "):
+        assert re.search(f"^{heads}", text, re.MULTILINE), text
+    rows = text[text.index("Rows in the prompt of retrieved and recites+rows:") :].split("\n")
+    assert sorted(rows[1:4]) == sorted(f"  {question}" for question in LEARNT) and rows[1] == "  What is covered?"
+    assert "Trained on this question, in other words (" in text and "alike): What is covered?" in text
+    terminal.type("3\r")
+    terminal.wait(terminal.prompts)
+    terminal.type("/adapter recites+")
+    terminal.wait(lambda: "recites+rows" in terminal.since(">>> /adapter").split("\n", 1)[1])
+    terminal.type(TAB + "\r")
+    terminal.wait("recites+rows answers from now on")
+    terminal.wait(terminal.prompts)
+    shown = terminal.line("Hello")
+    assert shown[1] == "recites+rows" and "Rows in the prompt of recites+rows:" in shown and "  Hello" in shown
+    terminal.line("/save talk.json")
+    talk = json.loads((tmp_path / "talk.json").read_text())
+    assert [turn["question"] for turn in talk["turns"]] == ["the policy, what is covered", "Hello"]
+    assert [turn["replies"][turn["chosen"]]["model"] for turn in talk["turns"]] == ["retrieved", "recites+rows"]
+    assert terminal.leave() == 0
+
+
 def test_regen_undo_and_clear(chat):
     first = chat.line("What is a deductible?")
     again = chat.line("/regen base")

@@ -129,9 +129,10 @@ def check_result(adapter: Path) -> dict:
 
 def letter_of(terminal: Terminal, arm: str) -> str:
     """Under which letter the arm's answer to the question that is asked now stands on the screen."""
-    asked = terminal.since("-- ")
-    before = asked[: asked.index(f"of <{arm}>")]
-    return re.findall(r"^([a-d])$", before, re.MULTILINE)[-1]
+    lines = terminal.since("-- ").split("\n")
+    row, column = next((n, line.index(f"of <{arm}>")) for n, line in enumerate(lines) if f"of <{arm}>" in line)
+    letters = [line for line in lines[:row] if re.fullmatch("[a-d]( +[a-d])*", line)][-1]
+    return letters[:column].split()[-1]
 
 
 def number_asked(terminal: Terminal) -> int:
