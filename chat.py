@@ -66,7 +66,6 @@ TOP = 3  # most likely tokens that /compare shows where two answers diverge
 PROBE = "What does this cover?"  # an adapter that changes no logit after this question has no effect
 NO_EFFECT = "has no effect: its logits are the base's"
 RETRIEVED, WITH_ROWS = "retrieved", "+rows"  # the base with looked-up rows in its prompt; what an adapter's name gets
-TRAINED = "trained on, "
 NEAR, SAME = 55, 70  # percent alike from which a question counts as near, as the same in other words
 NARROW = 38  # below this width, columns of /compare are shown one under the other
 KEPT = Path("data/kept.jsonl")  # where /keep collects rows
@@ -93,7 +92,7 @@ class Options:
     system: str | None = None  # System prompt.
     go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False  # Open the last conversation again.
     compare: bool = False  # Base and every adapter answer each question.
-    json: bool = False  # One JSON object a line: model, question, answer, tokens, seconds, seed; looked-up rows, if any.
+    json: bool = False  # One JSON object a line: model, question, answer, tokens, seconds, seed; rows, if looked up.
     # All of stdin is one question, not each line; it follows the question given here, if any.
     whole_input: bool = False
     review: str | None = None  # Judge this adapter's saved answers blind, beside the base's: no model is loaded.
@@ -574,7 +573,7 @@ def cmd_adapter(chat: Chat, rest: str) -> None:
     if not rest:
         list_models(chat)
         return
-    chat.model_name = rest if is_loaded(chat, rest) else open_adapter(chat, rest)
+    chat.model_name = open_model(chat, rest)
     if chat.model_name != BASE:
         chat.adapter_name = chat.model_name
     chat.note(f"{chat.model_name} answers from now on")
@@ -594,16 +593,13 @@ def list_models(chat: Chat) -> None:
     chat.console.print(make_table(rows))
 
 
-def is_loaded(chat: Chat, name: str) -> bool:
-    """Whether a model of that name is there. Raises BadInput if it only lacks rows to look up."""
+def open_model(chat: Chat, name: str) -> str:
+    """Load an adapter from the disk, unless such a model is there already; returns its name here."""
     problems = chat.engine.find_rows()
-    if name not in chat.engine.models and problems and (name == RETRIEVED or name.endswith(WITH_ROWS)):
+    if name in chat.engine.models:
+        return name
+    if problems and (name == RETRIEVED or name.endswith(WITH_ROWS)):
         raise BadInput(problems[0])
-    return name in chat.engine.models
-
-
-def open_adapter(chat: Chat, name: str) -> str:
-    """Load an adapter from the disk, unless it is loaded already; returns its name here."""
     hint = finetune.nearest(name, chat.known_models())
     if hint and name not in finetune.adapters_on_disk() and not Path(name).expanduser().exists():
         raise BadInput(f"no adapter {name}{hint}")
@@ -618,9 +614,7 @@ def open_adapter(chat: Chat, name: str) -> str:
 
 def cmd_regen(chat: Chat, rest: str) -> None:
     """[NAME]: answer the last question again, as another model if you name one"""
-    turn, name = chat.last_turn(), rest or chat.model_name
-    if not is_loaded(chat, name):
-        raise BadInput(f"no model {name} is loaded{finetune.nearest(name, chat.engine.models)}")
+    turn, name = chat.last_turn(), open_model(chat, rest or chat.model_name)
     answer = chat.answer(turn.question, name, upto=-1)
     if answer.text:
         turn.replies.append(answer)
@@ -830,7 +824,7 @@ def show_nearest(chat: Chat, question: str) -> None:
     if near := adapters and nearest_question(adapters[0], question):
         row, score, side = near
         head = f"Nearest question ({side}{score:.0f}% alike)"
-        if side == TRAINED and score >= SAME:
+        if side.startswith("trained") and score >= SAME:
             head = f"Trained on this question{', in other words' * (score < 100)} ({score:.0f}% alike)"
         chat.note(f"{head}: {row.question}")
         chat.note(f"Its reference answer: {row.answer}")
@@ -911,8 +905,7 @@ def run_review(options: Options, out: TextIO) -> None:
     review, console = open_review(options.review), make_console(out)
     try:
         if options.votes:
-            taken, known = take_votes(review, options.votes)
-            say(console, f"{taken} votes taken in; {known} of these questions had been judged here, which stays")
+            say(console, take_votes(review, options.votes))
         else:
             with single_keys() as read_key:
                 ask_votes(review, console, read_key)
@@ -948,23 +941,23 @@ def read_votes(path: Path, blind: dict, owner: dict, fix: str) -> list[dict]:
     except BadInput as problem:
         raise BadInput(f"{problem}; {fix}") from None
     votes = saved.get("votes") if isinstance(saved, dict) and saved.get("version") == 1 else None
-    parts = [[vote.get(key) for key in ("id", "vote", "shown")] for vote in votes or () if isinstance(vote, dict)]
-    if not isinstance(votes, list) or len(parts) < len(votes):
+    if not isinstance(votes, list) or not all(isinstance(vote, dict) for vote in votes):
         raise BadInput(f"{path}: holds no votes, or is damaged; {fix}")
-    questions = {question["id"]: question for question in blind["questions"]}
+    votes = [{key: vote.get(key) for key in ("id", "vote", "shown")} for vote in votes]
+    names, answers = [vote["id"] for vote in votes], {asked["id"]: asked["answers"] for asked in blind["questions"]}
     differs = [key for key, value in owner.items() if saved.get(key, value) != value]
-    if differs or not all(name in list(questions) for name, *_ in parts):
+    if differs or not all(name in list(answers) for name in names):
         raise BadInput(f"{path}: is of another run ({(differs or ['questions'])[0]} not as here); {fix}")
-    for name, vote, shown in parts:
-        may_be = [answer["arms"] for answer in questions[name]["answers"]]
+    for name, vote, shown in map(dict.values, votes):
         whole = isinstance(shown, list) and sorted(map(str, shown)) == sorted(blind["arms"])
-        if vote not in [*may_be, "none"] or not whole or [name for name, *_ in parts].count(name) > 1:
+        known = vote in ["none", *(answer["arms"] for answer in answers[name])]
+        if not whole or not known or names.count(name) > 1:
             raise BadInput(f"{path}: the vote on {name} is damaged, or given twice; {fix}")
-    return [{"id": name, "vote": vote, "shown": shown} for name, vote, shown in parts]
+    return votes
 
 
-def take_votes(review: Review, path: Path) -> tuple[int, int]:
-    """--votes -> (how many were new, how many of its questions had been judged already). Raises BadInput."""
+def take_votes(review: Review, path: Path) -> str:
+    """--votes: takes in what is new, and says how much that was. Raises BadInput."""
     folder, judged = review.path.parent, {vote["id"] for vote in review.votes}
     owner = {"adapter": finetune.harmless(folder.name), "answers": review.blind["answers"]}
     fix = f"download the votes again from {folder / 'report.html'}"
@@ -973,7 +966,8 @@ def take_votes(review: Review, path: Path) -> tuple[int, int]:
     review.votes += new
     if new:
         review.save()
-    return len(new), len(votes) - len(new)
+    known = len(votes) - len(new)
+    return f"{len(new)} votes taken in; {known} of these questions had been judged here, which stays"
 
 
 def ask_votes(review: Review, console: Console, read_key: Callable[[], str]) -> None:
@@ -997,8 +991,7 @@ def ask_votes(review: Review, console: Console, read_key: Callable[[], str]) -> 
             say(console, "")
             for letter, answer in zip(letters, answers, strict=False):
                 names = " and ".join(review.blind["names"][arm] for arm in answer["arms"])
-                yours = letter == key
-                say(console, f"{letter} was {names}{', your vote' * yours}", "bold" if yours else "")
+                say(console, f"{letter} was {names}" + ", your vote" * (letter == key), "bold" * (letter == key))
             say(console, f"\nThe reference answer:\n{questions[name]['reference']}\n")
             if console.is_terminal and sys.stdin.isatty():
                 say(console, "any key: next   u: undo   q: stop", "dim")
@@ -1050,9 +1043,9 @@ def show_result(review: Review, console: Console) -> None:
     result = finetune.human_result(review.blind, review.votes)
     if review.votes:
         say(console, f"\n{finetune.human_sentence(result)}", "bold")
-        for arm, (gain, low, high) in result["after_minus"].items():
-            interval = f"{gain * 100:+.0f} points [{low * 100:+.0f}, {high * 100:+.0f}]"
-            say(console, f"tuned less {review.blind['names'][arm]}: {interval}")
+        for arm, numbers in result["after_minus"].items():
+            gain, low, high = (f"{number * 100:+.0f}" for number in numbers)
+            say(console, f"tuned less {review.blind['names'][arm]}: {gain} points [{low}, {high}]")
     count = f"{len(review.votes)} of {len(review.blind['questions'])}"
     say(console, f"{count} judged; {finetune.without_home(review.path)}, and report.html beside it")
 
@@ -1345,27 +1338,25 @@ def check_base(adapter: Adapter, source: Source) -> None:
 
 
 def nearest_question(adapter: Adapter, question: str) -> tuple[finetune.Row, float, str] | None:
-    """(row, likeness in percent, TRAINED, "held out, " or "") from the data that run.json names, if at hand."""
+    """(row, likeness in percent, "trained on, ", "held out, " or "") from the data that run.json names, if at hand."""
     data, rows = adapter.part("data"), adapter.rows_at_hand()
     row = finetune.nearest_rows(question, rows, 1)[0] if rows else None
     score = float(finetune.closeness([question], [row.question])[0, 0]) / 2 if row else 0
     if score < NEAR:
         return None
     # A row that was edited since, or dropped as a duplicate, is in none of these lists.
-    sides = {TRAINED: ["train_ids"], "held out, ": ["eval_ids", "test_ids"]}
+    sides = {"trained on, ": ["train_ids"], "held out, ": ["eval_ids", "test_ids"]}
     known = (side for side, lists in sides.items() if any(row.id in (data.get(name) or []) for name in lists))
     return row, score, next(known, "")
 
 
-def trained_rows(adapter: Adapter) -> list[finetune.Row]:
-    """The rows that an adapter was trained on, in training's order. Raises BadInput that says how to have them here."""
+def trained_rows(adapter: Adapter) -> tuple[list[finetune.Row], str]:
+    """The rows that an adapter was trained on, in training's order; if there are none, how to have them here."""
     there, ids = {row.id: row for row in adapter.rows_at_hand()}, adapter.part("data").get("train_ids")
     rows = [there[name] for name in map(str, ids if isinstance(ids, list) else ()) if name in there]
-    if not rows:
-        files = " and ".join(str(file.get("path")) for file in adapter.files)
-        fix = f"put {files} back as it was" if files else "its run.json, as finetune.py writes it, would name them"
-        raise BadInput(f"No looked-up rows: those that taught {adapter.name} are not at hand; {fix}")
-    return rows
+    files = " and ".join(str(file.get("path")) for file in adapter.files)
+    fix = f"put {files} back as it was" if files else "its run.json, as finetune.py writes it, would name them"
+    return rows, "" if rows else f"No looked-up rows: those that taught {adapter.name} are not at hand; {fix}"
 
 
 def rows_of_file(file: Any, config: dict) -> list[finetune.Row]:
@@ -1793,13 +1784,11 @@ class Engine:
         """Put `retrieved` and NAME+rows beside the others where rows are at hand; returns why they are not."""
         problems, adapters = [], [model for model in self.models.values() if model.adapter and not model.rows]
         for model in (model for model in adapters if model.name + WITH_ROWS not in self.models):
-            try:
-                rows = trained_rows(model.adapter)
-                for name, like in ((RETRIEVED, self.models[BASE]), (model.name + WITH_ROWS, model)):
-                    new = ChatModel(self, name, like.key, like.tokenizer, model.adapter, rows=rows)
-                    self.models.setdefault(name, new)
-            except BadInput as problem:
-                problems.append(str(problem))
+            rows, problem = trained_rows(model.adapter)
+            problems += [problem] if problem else []
+            for name, like in ((RETRIEVED, self.models[BASE]), (model.name + WITH_ROWS, model)) if rows else ():
+                new = ChatModel(self, name, like.key, like.tokenizer, model.adapter, rows=rows)
+                self.models.setdefault(name, new)
         return problems
 
     def that_fit(self, messages: list[dict], room: int) -> list[str]:
@@ -1835,7 +1824,7 @@ class Engine:
             raise BadInput(f"the question has {len(ids)} tokens; the context holds {self.context}")
         limit = min(room, parameters.num_predict) if parameters.num_predict >= 0 else room
         parameters = with_seed(parameters)
-        answer = Answer(name, seed=parameters.seed, rows=[row.question for row in model.look_up(messages)])
+        answer = Answer(name, seed=parameters.seed, rows=[row.question for row in model.prompt(messages)[1]])
         sampler, words = Sampler(parameters, ids, self.network.device), Detokenizer(model.tokenizer)
         unread = model.rewind(ids, parameters.strength if model.key else 1.0)
         answer.prompt_tokens, answer.cached_tokens = len(ids), len(ids) - len(unread)
@@ -1891,7 +1880,7 @@ class Engine:
     def score(self, messages: list[dict], text: str, name: str, strength: float = 1.0) -> tuple[float, int]:
         """Mean log-probability of `text` (and the EOS after it) as the answer, and how many tokens that are."""
         model = self.models[name]
-        example = finetune.to_example(model.tokenizer, finetune.Row(model.prompt(messages), text, ""))
+        example = finetune.to_example(model.tokenizer, finetune.Row(tuple(model.prompt(messages)[0]), text, ""))
         if len(example.input_ids) > self.context:
             raise BadInput(f"question and text have {len(example.input_ids)} tokens; the context holds {self.context}")
         self.activate(model.key, strength)
@@ -1922,18 +1911,15 @@ class ChatModel:
     def tokenize(self, messages: list[dict]) -> list[int]:
         """The chat counts a question's tokens before it asks, so the last ones are remembered."""
         if self.tokenized[0] != messages:
-            self.tokenized = messages, chat_ids(self.tokenizer, self.prompt(messages), add_generation_prompt=True)
+            self.tokenized = messages, chat_ids(self.tokenizer, self.prompt(messages)[0], add_generation_prompt=True)
         return self.tokenized[1]
 
-    def look_up(self, messages: list[dict]) -> list[finetune.Row]:
-        """The rows that go with the last question; none where an answer is last."""
-        asked = self.rows and messages[-1]["role"] == "user"
-        return finetune.nearest_rows(messages[-1]["content"], self.rows) if asked else []
-
-    def prompt(self, messages: list[dict]) -> tuple[dict, ...]:
-        """What it reads: the plain conversation, its last question with the rows."""
-        rows = self.look_up(messages)
-        return finetune.with_rows(messages, rows) if rows else tuple(messages)
+    def prompt(self, messages: list[dict]) -> tuple[Sequence[dict], list[finetune.Row]]:
+        """What it reads, the rows most like the last question before it; and these rows."""
+        if not self.rows or messages[-1]["role"] != "user":
+            return messages, []
+        rows = finetune.nearest_rows(messages[-1]["content"], self.rows)
+        return finetune.with_rows(messages, rows), rows
 
     def rewind(self, ids: list[int], strength: float) -> list[int]:
         """Forget all but the longest start that it shares with `ids`; returns the tokens that need a prefill."""
