@@ -91,7 +91,7 @@ class Options:
     model: str | None = None  # Hub id, folder or .gguf file, instead of the base that the adapter names.
     system: str | None = None  # System prompt.
     go_on: Annotated[bool, tyro.conf.arg(name="continue")] = False  # Open the last conversation again.
-    compare: bool = False  # Base and every adapter answer each question.
+    compare: bool = False  # Base and every adapter answer each question, without and with looked-up rows.
     json: bool = False  # One JSON object a line: model, question, answer, tokens, seconds, seed; rows, if looked up.
     # All of stdin is one question, not each line; it follows the question given here, if any.
     whole_input: bool = False
