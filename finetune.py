@@ -1667,11 +1667,16 @@ def make_trainer(
     partial: Path, callbacks: tuple,
 ):  # fmt: skip
     """TRL's SFTTrainer for this plan. callbacks[0] is make_monitor()'s, which collects what `validate` finds."""
+    gpu, dtype = has_gpu(), compute_dtype(config.fp16)
 
     class Trainer(trl.SFTTrainer):
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             epochs, step = callbacks[0].epochs, self.state.global_step
+            cached = model.config.use_cache
             epochs.append({"step": step} | validate())
+            if gpu:  # Unsloth's generate() turns the cache on, and dropout and checkpointing off
+                model.config.use_cache = cached
+                unsloth.FastLanguageModel.for_training(model)
             loss = mean(epochs[-1]["nll"])
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the held-out loss is {loss} after {step} updates; lower --learning-rate")
@@ -1689,7 +1694,6 @@ def make_trainer(
             self.optimizer = peft_optimizers.create_loraplus_optimizer(model, kind, **own, **settings)
             return self.optimizer
 
-    gpu, dtype = has_gpu(), compute_dtype(config.fp16)
     same = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "report_to", "seed")
     # TRL's other loss reads the head's own weight and refuses a head that LoRA wraps.
     loss = "nll" if "lm_head" in config.target_modules else "chunked_nll"
