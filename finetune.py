@@ -260,6 +260,7 @@ def run_evaluation(config: Config | None = None) -> dict:
         replay = replay_answers(model, tokenizer, examples["train"], config, partial)
         plan = make_plan(config, source.config, one_epoch(examples["train"], replay, config), free_memory(config))
         rows = training_rows(tokenizer, examples["train"], replay, plan, config)
+        show_time(config, source, rows, plan)
         # 5. Train a LoRA; keep the epoch that knows its FAQ best while it answers new questions no worse than the base.
         model = add_lora(model, config, source)
         say("Before", f"held-out loss {before:.3f}")
@@ -323,8 +324,7 @@ def dry_run(config: Config) -> None:
     show_plan(plan, config)
     parts = ", ".join(f"{part} {gib:.2f}" for part, gib in plan.memory.items())
     say("Memory", f"{parts}: {plan.total:.2f} GiB in all")
-    minutes = estimate_seconds(config, source.config, rows, plan) / 60
-    say("Time", f"about {minutes:.0f} min of training on this machine, if it does not stop early")
+    show_time(config, source, rows, plan)
     say("", "Nothing was written. The same command without --dry-run trains.")
 
 
@@ -1828,9 +1828,9 @@ def last_checkpoint(partial: Path) -> Path | None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Score: takes a model and the questions, gives one record a question with the numbers of each arm. An arm is one way of
-# answering: the base, the base told to be brief, a search, the base with what a search finds, the tuned model without
-# and with that. Greedy, for sampling decides nothing; weights and random state stay as they were.
+# What is asked: takes the split, gives the questions in tokens, as each arm reads them, and what a search answers. An
+# arm is one way of answering: the base, the base told to be brief, a search, the base with what a search finds, the
+# tuned model without and with that. No model here.
 
 EVAL_BATCH = {"gpu": 32, "cpu": 64}  # prompts at a time; 32 of a 7B take 2.3 GiB, and half as many if that fails
 GENERAL_TOKENS = REPLAY_TOKENS = 40  # of the base's own answers to general prompts, measured and trained on
@@ -1955,6 +1955,11 @@ def look_up(questions: EvalSet, data: Data, found: list[list[Row]], found_known:
         for record, rows in zip(records, near, strict=False):
             for arm in ("retrieved", "after_retrieved"):
                 record["arms"][arm] = {"rows": [row.id for row in rows]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Score: takes a model and what is asked, gives one record a question with the numbers of each arm. Greedy, for sampling
+# decides nothing; weights and random state stay as they were.
 
 
 def likeness(answer: str, reference: str) -> dict[str, Any]:
@@ -2463,17 +2468,8 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Save and report: takes what was measured, writes the run's folder whole or not at all. No secret, no home path in it.
+# Save: takes what was measured, writes the run's folder whole or not at all. No secret, no home path in it.
 
-LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
-SAMPLES_SHOWN, KNOWN_SHOWN, REGRESSIONS_SHOWN = 10, 5, 5  # questions side by side in report.html
-# The arms whose answers people judge blind, and what they are called then.
-JUDGED = {
-    "before": "base",
-    "prompted": "base told to be brief",
-    "retrieved": "base with looked-up rows",
-    "after": "tuned",
-}
 PLAN_IN_RUN_JSON = (
     "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
 )  # fmt: skip
@@ -2623,6 +2619,21 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     result.rename(output)
     log_to(None)
     shutil.rmtree(partial, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pages: takes a run.json (and a review.json), gives report.html, loss.png and the model card. No control characters of
+# a model or a file in them.
+
+LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
+SAMPLES_SHOWN, KNOWN_SHOWN, REGRESSIONS_SHOWN = 10, 5, 5  # questions side by side in report.html
+# The arms whose answers people judge blind, and what they are called then.
+JUDGED = {
+    "before": "base",
+    "prompted": "base told to be brief",
+    "retrieved": "base with looked-up rows",
+    "after": "tuned",
+}
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -2956,6 +2967,12 @@ def show_plan(plan: Plan, config: Config) -> None:
     how += ", AdamW in 8 bits" if plan.optim == ADAMW_8BIT else ""
     counts = f"{plan.updates_per_epoch} updates an epoch, {plan.updates} at most"
     say("Plan", f"an update is {how}: {plan.reason}; {counts}, at {config.learning_rate:g}")
+
+
+def show_time(config: Config, source: Source, rows: list[Example], plan: Plan) -> None:
+    minutes = estimate_seconds(config, source.config, rows, plan) / 60
+    half = f"; --max-steps {plan.updates // 2} halves it, and what is learned" if minutes > 5 else ""
+    say("Time", f"about {minutes:.0f} min of training on this machine{half}")
 
 
 def show_result(run: dict) -> None:
