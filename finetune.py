@@ -1537,7 +1537,7 @@ def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Pl
 # ours adds what is checked between epochs, checkpoints by the clock, and a way on when memory runs out.
 
 CHECKPOINT_SECONDS = 120  # a lost session costs at most this much training, and a Ctrl-C nothing
-CHECKS = 6  # of the epochs, in a training for knowledge: each answers questions
+CHECKS = 4  # in a training for knowledge, spread over its epochs: each answers questions
 
 
 def epochs_of(config: Config, rows: int) -> int:
@@ -1835,7 +1835,7 @@ def last_checkpoint(partial: Path) -> Path | None:
 EVAL_BATCH = {"gpu": 32, "cpu": 64}  # prompts at a time; 32 of a 7B take 2.3 GiB, and half as many if that fails
 GENERAL_TOKENS = REPLAY_TOKENS = 40  # of the base's own answers to general prompts, measured and trained on
 EVAL_QUESTIONS = {"gpu": 200, "cpu": 60}  # answered at most; the loss is measured on all held-out ones
-RANKED = {"gpu": 200, "cpu": 16}  # of these, ranked at most: ten answers a question are read twice
+RANKED = {"gpu": 200, "cpu": 10}  # of these, ranked at most: ten answers a question are read twice
 RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
 RIVALS = 30  # trained answers that an answer is compared with, the likest by letters: those further off never win
 BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: what a prompt alone achieves
