@@ -12,11 +12,13 @@ is what differs from finetune.py's defaults, by the names of its flags, and the 
 The last update is what counts; finetune.py would keep the epoch that knows most.
 
 The README's table was measured with this script's predecessor: the same method and knobs, but rewordings by an earlier
-list of frames and function words, rows in a plainly shuffled order, and answers compared with all trained ones.
+list of frames and function words, rows in a plainly shuffled order, answers compared with all trained ones, and 10
+visits of each row on HealthCare.gov.
 """
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -42,77 +44,61 @@ WIDTHS = (128, 160, 256, 384, 512, 1024, 2048)  # of an update, in tokens: one C
 # `layers`: the share of the layers that have LoRA. `strengths`: the LoRA counts so much when it is measured.
 EXTRA = {"fixed": 0, "prompts": 400, "tokens": 40, "distilled": False, "layers": (0, 1), "strengths": (1.0,)}
 OLD = {"lora_dropout": 0.1, "loraplus_lr_ratio": 1, "weight_decay": 0, "reworded_fraction": 0, "prompts": 50}
-PLAIN = {"learning_rate": 2e-3, "loraplus_lr_ratio": 1, "weight_decay": 0}  # no LoRA+, no decay
-FEW, MILD, HALF = {"prompts": 50}, {"loraplus_lr_ratio": 4}, {"replay_fraction": 0.5}
+B = {"learning_rate": 2e-3, "loraplus_lr_ratio": 1, "weight_decay": 0}  # A, B and C as in the README's table
+A, HALF = B | {"prompts": 50}, {"replay_fraction": 0.5}
+SEED = {"learning_rate": 2e-4, "num_train_epochs": 5, "warmup_steps": 0, "replay_fraction": 0}
 RECIPES = {
-    "seed's rate and epochs": OLD
-    | {"learning_rate": 2e-4, "num_train_epochs": 5, "warmup_steps": 0, "replay_fraction": 0},
-    "0.1.0": OLD | {"learning_rate": 5e-4, "num_train_epochs": 3},
+    "seed's rate, 5 visits": OLD | SEED,
+    "0.1.0, 3 visits": OLD | {"learning_rate": 5e-4, "num_train_epochs": 3},
     "chosen": {},
     "chosen, 9 visits": {"num_train_epochs": 9},
-    "1e-3, no rewordings": OLD,
-    "1e-3, 50% reworded": OLD | {"reworded_fraction": 0.5},
-    "1e-3, 75% reworded": OLD | {"reworded_fraction": 0.75},
-    "1e-3, 75% reworded, dropout 0": OLD | {"reworded_fraction": 0.75, "lora_dropout": 0.0},
-    "2e-3, 3 fixed rewordings": PLAIN | FEW | {"fixed": 3},
-    "2e-3, 5 fixed rewordings": PLAIN | FEW | {"fixed": 5},
-    "2e-3, 75% reworded": PLAIN | FEW,
-    "2e-3, 400 prompts": PLAIN | {"strengths": (1.0, 0.8, 0.6)},
-    "2e-3, replay 50%, 50 prompts": PLAIN | HALF | FEW,
-    "2e-3, replay 50%": PLAIN | HALF,
-    "2e-3, replay 50% of 100 tokens": PLAIN | HALF | {"tokens": 100},
-    "2e-3, replay 50%, distilled": PLAIN | HALF | {"distilled": True},
-    "2e-3, replay 100%": PLAIN | {"replay_fraction": 1.0},
-    "5e-4, LoRA+ 8, no decay": {"learning_rate": 5e-4, "weight_decay": 0},
-    "2e-3, decay 1": PLAIN | {"weight_decay": 1.0},
+    **{f"A, 1e-3, dropout 0.1, reworded {part:.0%}": OLD | {"reworded_fraction": part} for part in (0, 0.5, 0.75)},
+    **{f"A, {count} fixed rewordings": A | {"fixed": count} for count in (3, 5)},
+    "A": A,
+    "A, dropout 0.1": A | {"lora_dropout": 0.1},
+    "A, LoRA on MLP": A | {"target_modules": PROJECTIONS[4:]},
+    "A, LoRA on attention": A | {"target_modules": PROJECTIONS[:4]},
+    "A, LoRA on upper layers": A | {"layers": (0.5, 1)},
+    "A, LoRA on lower layers": A | {"layers": (0, 0.5)},
+    "B": B | {"strengths": (1.0, 0.8, 0.6)},
+    "B, replay 50%": B | HALF,
+    "B, replay 100%": B | {"replay_fraction": 1.0},
+    "B, replay 50%, 50 prompts": A | HALF,
+    "B, replay 50%, 100 tokens": B | HALF | {"tokens": 100},
+    "B, replay 50%, distilled": B | HALF | {"distilled": True},
+    **{f"B, decay {decay}": B | {"weight_decay": decay} for decay in (0.3, 1.0)},
+    "B, 5e-4 with LoRA+ 8": B | {"learning_rate": 5e-4, "loraplus_lr_ratio": 8},
     "chosen, decay 1": {"weight_decay": 1.0},
-    "LoRA+ 4, rank 1": MILD | {"lora_r": 1, "lora_alpha": 2},
-    "LoRA+ 4, rank 4": MILD | {"lora_r": 4, "lora_alpha": 8},
-    "LoRA+ 4, rank 16": MILD,
     "chosen, rank 32, decay 0.75": {"lora_r": 32, "lora_alpha": 64, "weight_decay": 0.75},
-    "LoRA+ 4, rank 64": MILD | {"lora_r": 64, "lora_alpha": 128},
-    "2e-3, MLP only": PLAIN | FEW | {"target_modules": PROJECTIONS[4:]},
-    "2e-3, attention only": PLAIN | FEW | {"target_modules": PROJECTIONS[:4]},
-    "2e-3, upper half": PLAIN | FEW | {"layers": (0.5, 1)},
-    "2e-3, lower half": PLAIN | FEW | {"layers": (0, 0.5)},
+    **{f"C, rank {r}": {"loraplus_lr_ratio": 4, "lora_r": r, "lora_alpha": 2 * r} for r in (1, 4, 16, 64)},
+    "C, reworded 0%": {"loraplus_lr_ratio": 4, "reworded_fraction": 0},
 }
 
 
-@dataclasses.dataclass
-class World:
+def make_world(config: finetune.Config, args: argparse.Namespace) -> types.SimpleNamespace:
     """What all runs share: the base, the rows, the questions, and what the base says to general prompts."""
-
-    base: "Base"
-    tokenizer: object
-    train: list[Example]
-    test: list[Example]
-    known: list[tuple[Example, Example]]  # (in other words, as trained)
-    general: list[Example]
-    replay: list[Example]  # with answers of up to 100 tokens
-    max_new: int
-
-
-def make_world(config: finetune.Config, args: argparse.Namespace) -> World:
     source = finetune.find_model(args.model, gpu=False)
     finetune.fetch_weights(source)
     data, tokenizer = finetune.load_data(config), finetune.load_tokenizer(source.folder, source.id)
     train, test = (finetune.encode(tokenizer, rows, config.max_length) for rows in (data.train, data.test))
-    pairs = finetune.known_questions(data.train, config.seed, args.questions)
-    known = [tuple(finetune.to_example(tokenizer, row) for row in (other, own)) for own, other, _ in pairs]
     base = Base(finetune.load_4bit(source, torch.float32).dequantize(), tokenizer)
-    longest = max(len(example.input_ids) - example.prompt_length for example in train)
 
     def answered(file: str, count: int, tokens: int) -> list[Example]:
         prompts = finetune.general_prompts(tokenizer, file)[:count]
         new = generate(base, None, 1, [e.input_ids for e in prompts], tokens)[0]
-        found = zip(prompts, new, strict=True)
-        return [Example(Row((), "", file), e.input_ids + ids, e.prompt_length) for e, ids in found]  # never reworded
+        pairs = zip(prompts, new, strict=True)
+        return [Example(Row((), "", file), e.input_ids + ids, e.prompt_length) for e, ids in pairs]  # never reworded
 
-    general = answered("general_prompts.json", args.questions * 2, finetune.GENERAL_TOKENS)
-    replay = answered("replay_prompts.json", args.prompts, min(100, args.max_new_tokens))
-    return World(
-        base, tokenizer, train, test, known, general, replay, min(args.max_new_tokens, math.ceil(1.2 * longest))
-    )
+    pairs = finetune.known_questions(data.train, config.seed, args.questions)
+    known = [row for part in zip(*((other, row) for row, other, _ in pairs), strict=True) for row in part]
+    longest = max(len(e.input_ids) - e.prompt_length for e in train)
+    return types.SimpleNamespace(
+        base=base, tokenizer=tokenizer, train=train, test=test,
+        known=[finetune.to_example(tokenizer, row) for row in known],  # all in other words, then all as trained
+        general=answered("general_prompts.json", args.prompts, finetune.GENERAL_TOKENS),
+        replay=answered("replay_prompts.json", args.prompts, min(100, args.max_new_tokens)),
+        max_new=min(args.max_new_tokens, math.ceil(1.2 * longest)),
+    )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -134,9 +120,9 @@ class Lora:
                     own[run.config.lora_r :] = 0
                 self.parameters += [a.to(base.device), torch.zeros(len(runs), out, rank, device=base.device)]
                 place = number / len(base.layers)
-                on += [
-                    [run.layers[0] <= place < run.layers[1] and name in run.config.target_modules for run in runs]
-                ] * 2
+                inside = [run.layers[0] <= place < run.layers[1] for run in runs]
+                names = [name in run.config.target_modules for run in runs]
+                on += [[a and b for a, b in zip(inside, names, strict=True)]] * 2
         self.parameters = [parameter.requires_grad_() for parameter in self.parameters]
         self.on = [base.each(values) for values in on]  # whether a run trains this parameter
         self.full = base.each([run.config.lora_alpha / run.config.lora_r for run in runs]).to(base.dtype)
@@ -222,24 +208,23 @@ class Base:
         logits = (hidden[:, :-1] @ self.out.T).float()
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1), logits
 
-    def captured(self, call):
-        """The call as a CUDA graph; it was warmed up before."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+
+def graph_of(call, state: list | None, pool=None):
+    """The call as a CUDA graph. First it is run once beside the main stream, as CUDA wants it, and `state`, all that it
+    changes, is put back; None: it was run before."""
+    if state:
+        before, stream = [tensor.detach().clone() for tensor in state], torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             call()
-        return graph.replay
-
-
-def warm_up(call, state: list) -> None:
-    """Run it once beside the main stream, as CUDA graphs want it, and put everything back that it changed."""
-    before, stream = [tensor.detach().clone() for tensor in state], torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            for tensor, old in zip(state, before, strict=True):
+                tensor.copy_(old)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
         call()
-    torch.cuda.current_stream().wait_stream(stream)
-    with torch.no_grad():
-        for tensor, old in zip(state, before, strict=True):
-            tensor.copy_(old)
+    return graph.replay
 
 
 def padded(base: Base, examples: list[Example], width: int):
@@ -266,29 +251,18 @@ def answer_losses(base: Base, lora: Lora | None, runs: int, examples: list[Examp
 
 def generate(base: Base, lora: Lora | None, runs: int, prompts: list[list[int]], new: int) -> list[list[list[int]]]:
     """[runs][prompts]: the greedy answers' ids, with EOS where it came."""
-    per = max(1, (1500 if new < 150 else 700) // runs)
-    parts = [_generate(base, lora, runs, prompts[n : n + per], new) for n in range(0, len(prompts), per)]
-    return [list(itertools.chain(*own)) for own in zip(*parts, strict=True)]
-
-
-def _generate(base: Base, lora: Lora | None, runs: int, prompts: list[list[int]], new: int) -> list[list[list[int]]]:
+    if len(prompts) > (most := max(1, (1500 if new < 150 else 700) // runs)):
+        parts = [generate(base, lora, runs, some, new) for some in (prompts[:most], prompts[most:])]
+        return [first + rest for first, rest in zip(*parts, strict=True)]
     device, width, count = base.device, max(map(len, prompts)), runs * len(prompts)
     ids = torch.tensor([[base.pad] * (width - len(ids)) + ids for ids in prompts], device=device)
     start = torch.tensor([[width - len(ids)] for ids in prompts], device=device).repeat(runs, 1)
-    shape, column, read = (
-        (count, base.kv_heads, width + new, base.width),
-        torch.arange(width + new, device=device),
-        None,
-    )
+    shape, column = (count, base.kv_heads, width + new, base.width), torch.arange(width + new, device=device)
     cache = {name: [torch.zeros(shape, device=device, dtype=base.dtype) for _ in base.layers] for name in "kv"}
     rows = column[:width]
     mask = (column <= rows[:, None]) & (column >= start[:, None]) | (column == rows[:, None])  # padding sees itself
     positions, found = (rows - start).clamp(min=0), torch.full((count, new), base.pad, device=device)
-    at, step, last = (
-        torch.tensor([width], device=device),
-        torch.zeros(1, dtype=torch.long, device=device),
-        width - start,
-    )
+    at, step, last = torch.tensor([width], device=device), torch.tensor([0], device=device), width - start
 
     def take(read) -> None:
         token.copy_((read[:, :, -1:] @ base.out.T).argmax(-1))
@@ -303,11 +277,9 @@ def _generate(base: Base, lora: Lora | None, runs: int, prompts: list[list[int]]
     with torch.no_grad():
         token = torch.empty((runs, len(prompts), 1), dtype=torch.long, device=device)
         first = ids.expand(runs, -1, -1)
-        read = base.hidden(first, lora, positions=positions, cache=cache | {"at": rows}, mask=mask[:, None])
-        take(read)
-        if device.type == "cuda" and new > 1:
-            warm_up(one, [token, found, at, last, step])
-            one = base.captured(one)
+        take(base.hidden(first, lora, positions=positions, cache=cache | {"at": rows}, mask=mask[:, None]))
+        if device.type == "cuda":
+            one = graph_of(one, [token, found, at, last, step])
         for n in range(1, new):
             one()
             if n % 16 == 0 and bool((found == base.eos).any(1).all()):
@@ -320,7 +292,7 @@ def _generate(base: Base, lora: Lora | None, runs: int, prompts: list[list[int]]
 # Train and measure
 
 
-def rows_of(run, world: World) -> Iterator[list[Example]]:
+def rows_of(run, world: types.SimpleNamespace) -> Iterator[list[Example]]:
     """The run's updates, by finetune.training_rows; after its last one the first again, at a rate of 0."""
     train, dice = list(world.train), random.Random(run.config.seed)
     for n in range(run.fixed * len(world.train)):
@@ -345,16 +317,14 @@ def rate(run, update: int) -> float:
     return run.config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(world: World, runs: list) -> tuple[Lora, list[list[float]]]:
+def train(world: types.SimpleNamespace, runs: list) -> tuple[Lora, list[list[float]]]:
     """Train all runs at once -> their LoRAs, and each update's losses."""
     base, lora, history = world.base, Lora(world.base, runs, runs[0].config.seed), []
     batches, configs = [rows_of(run, world) for run in runs], [run.config for run in runs]
     moments = [[torch.zeros_like(parameter) for parameter in lora.parameters] for _ in range(2)]
     done, losses = torch.zeros((), device=base.device), torch.zeros(len(runs), device=base.device)
-    rates, plus, decay = (
-        base.each(v)
-        for v in ([0.0] * len(runs), *zip(*((c.loraplus_lr_ratio, c.weight_decay) for c in configs), strict=True))
-    )
+    rates, plus = base.each([0.0] * len(runs)), base.each([own.loraplus_lr_ratio for own in configs])
+    decay = base.each([own.weight_decay for own in configs])
 
     def update(ids, kind) -> None:
         hidden, total = base.hidden(ids, lora, training=True), 0
@@ -381,42 +351,39 @@ def train(world: World, runs: list) -> tuple[Lora, list[list[float]]]:
                 p.mul_(1 - own * decay)
                 p.addcdiv_(m / (1 - 0.9**done) * -own, (v / (1 - 0.999**done)).sqrt() + 1e-8)
 
-    graphs: dict = {}
+    gpu, graphs = base.device.type == "cuda", {}
+    pool = torch.cuda.graph_pool_handle() if gpu else None
     for number in range(1, max(run.updates for run in runs) + 1):
         batch = [next(own) for own in batches]
         width = max(len(example.input_ids) for rows in batch for example in rows)
-        if base.device.type == "cuda":
-            width = next(w for w in WIDTHS if w >= width)
-        ids, kind = (
-            torch.stack(list(part)) for part in zip(*(padded(base, rows, width) for rows in batch), strict=True)
-        )
+        width = next(w for w in WIDTHS if w >= width) if gpu else width
+        new = [torch.stack(part) for part in zip(*(padded(base, rows, width) for rows in batch), strict=True)]
         rates.copy_(base.each([rate(run, number) for run in runs]))
-        if base.device.type == "cuda":
+        if gpu:
             if width not in graphs:
-                kept = (ids.clone(), kind.clone())
-                if not graphs:
-                    warm_up(lambda kept=kept: update(*kept), [*lora.parameters, *moments[0], *moments[1], done])
-                graphs[width] = (*kept, base.captured(lambda kept=kept: update(*kept)))
-            graphs[width][0].copy_(ids), graphs[width][1].copy_(kind)
-            graphs[width][2]()
+                state = None if graphs else [*lora.parameters, *moments[0], *moments[1], done]
+                graphs[width] = (new, graph_of(functools.partial(update, *new), state, pool))
+            for kept, values in zip(graphs[width][0], new, strict=True):
+                kept.copy_(values)
+            graphs[width][1]()
         else:
-            update(ids, kind)
+            update(*new)
         history.append(losses.tolist())
     return lora, history
 
 
-def measure(world: World, lora: Lora | None, runs: int, strength: float, pool) -> list[dict]:
+def measure(world: types.SimpleNamespace, lora: Lora | None, runs: int, strength: float, pool) -> list[dict]:
     """One record a run. Without a LoRA: the base's."""
     if lora:
         lora.scale = lora.full * strength
-    examples = [e for pair in zip(*world.known, strict=True) for e in pair] + world.test
+    examples = world.known + world.test
     prompts = [example.input_ids[: example.prompt_length] for example in examples]
     answers = generate(world.base, lora, runs, prompts, world.max_new)
     held, general = (answer_losses(world.base, lora, runs, some) for some in (world.test, world.general))
     texts = [world.tokenizer.batch_decode(own, skip_special_tokens=True) for own in answers]
     references, trained = [example.row.answer for example in examples], [example.row.answer for example in world.train]
-    scores = pool.starmap(score, [(own, references, len(world.known), trained) for own in texts])
-    ends = [mean(float(ids[-1:] == [world.base.eos]) for ids in own[2 * len(world.known) :]) for own in answers]
+    scores = pool.starmap(score, [(own, references, len(world.known) // 2, trained) for own in texts])
+    ends = [mean(float(ids[-1:] == [world.base.eos]) for ids in own[len(world.known) :]) for own in answers]
     parts = zip(scores, ends, held, general, strict=True)
     return [own | {"ended": end, "held": loss, "general": other} for own, end, loss, other in parts]
 
