@@ -63,6 +63,7 @@ def train(name: str, seed: int, args: argparse.Namespace) -> dict:
         eval_values=args.eval_values,
         test_values=args.test_values,
         replay_fraction=recipe["replay"][0],
+        num_train_epochs=1,  # each epoch of a recipe replays the same prompts
     )
     data, source = finetune.load_data(config), finetune.find_model(args.model, gpu=False)
     finetune.fetch_weights(source)
@@ -189,9 +190,10 @@ def kept(run: dict) -> dict:
     epochs = run["epochs"][1:]
     if not run["patience"]:
         return epochs[-1]
+    config = finetune.Config(goal="style", early_stopping_patience=run["patience"])
     for last in range(1, len(epochs) + 1):
-        seen = [{"eval_loss": epoch["eval"]} for epoch in epochs[:last]]
-        if finetune.patience_is_over(seen, run["patience"]):
+        seen = [{"nll": [epoch["eval"]]} for epoch in run["epochs"][: last + 1]]
+        if finetune.patience_is_over(seen, config):
             break
     return min(epochs[:last], key=lambda epoch: epoch["eval"])
 

@@ -174,6 +174,7 @@ def test_updates_are_those_of_a_plain_loop(faq, tiny_model, tmp_path, monkeypatc
     config = finetune.Config(
         model=str(tiny_model), data=(faq,), lora_r=4, lora_dropout=0.0, effective_batch_size=36, max_steps=3,
         learning_rate=1e-2, lr_scheduler_type="constant", max_new_tokens=4, max_grad_norm=0.0, replay_fraction=0.0,
+        reworded_fraction=0.0, loraplus_lr_ratio=1, weight_decay=0.0,
     )  # fmt: skip
     result = finetune.run_evaluation(config)
 
@@ -279,12 +280,12 @@ def test_each_answer_of_a_conversation_is_trained_unless_its_weight_is_0(weight,
     """Read from a file, and looked at where the model gets it: the labels of the trainer's own batch."""
     path = tmp_path / "faq.json"
     path.write_text(json.dumps([conversation(weight)]), encoding="utf-8")
-    config = finetune.Config(lora_r=4, learning_rate=1e-3, num_train_epochs=1, warmup_steps=0)
+    config = finetune.fill_defaults(finetune.Config(lora_r=4, learning_rate=1e-3, num_train_epochs=1), tiny)
     tokenizer = finetune.load_tokenizer(tiny.folder)
     examples = finetune.encode(tokenizer, finetune.read_rows(path), 512)
     model = finetune.add_lora(finetune.load_model(tiny, config), config, tiny)
     plan = finetune.make_plan(config, tiny.config, examples, None)
-    trainer = finetune.make_trainer(model, tokenizer, examples, examples, plan, config, tmp_path / "x", ())
+    trainer = finetune.make_trainer(model, tokenizer, examples, dict, plan, config, tmp_path / "x", ())
     [labels] = next(iter(trainer.get_train_dataloader()))["labels"].tolist()
     trained = [token for token in labels if token != -100]
     assert trained.count(tokenizer.eos_token_id) == len(answers) and trained[-1] == tokenizer.eos_token_id
@@ -297,7 +298,8 @@ import sys, finetune
 answer_nll = finetune.answer_nll
 def broken(model, tokenizer, examples, half=False):
     losses = answer_nll(model, tokenizer, examples, half)
-    return [float("nan")] * len(losses) if hasattr(model, "peft_config") else losses
+    trained = any("lora_B" in name and weight.any() for name, weight in model.named_parameters())
+    return [float("nan")] * len(losses) if trained else losses
 finetune.answer_nll = broken
 sys.exit(finetune.main(sys.argv[1:]))
 """
@@ -317,7 +319,7 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny, tmp_path):
     """Fewer projections than the model's LoRA has, or another rank: nothing of it is loaded."""
     import torch
 
-    whole = finetune.Config(lora_r=4)
+    whole = finetune.Config(lora_r=4, lora_dropout=0.0)
     for name, changes in (("fewer", {"target_modules": ("q_proj", "v_proj")}), ("rank", {"lora_r": 8}), ("same", {})):
         config = dataclasses.replace(whole, **changes)
         model = finetune.add_lora(finetune.load_model(tiny, config), config, tiny)
@@ -338,6 +340,8 @@ def test_an_adapter_that_does_not_fit_is_refused(tiny, tmp_path):
 def test_early_stopping_keeps_the_best_epoch(run, faq, tiny_model, tmp_path):
     """A rate that overfits at once: it stops, and the weights kept are those of the best held-out loss."""
     flags = [
+        "--goal",
+        "style",
         "--max-new-tokens",
         4,
         "--learning-rate",
