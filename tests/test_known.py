@@ -58,7 +58,8 @@ def test_rules_of_the_test_are_not_those_of_the_training():
     for row in sample(40):
         test = {finetune.reword(row.question, rule, dice(n)) for rule in TEST_RULES[1:] for n in range(5)}
         train = {finetune.reword(row.question, rule, dice(n)) for rule in TRAIN_RULES for n in range(20)}
-        assert len(test) >= 3 and len(train) > 10 and not test & train
+        test.discard(row.question)  # no typing error in words of four letters
+        assert len(test) >= 2 and len(train) > 10 and not test & train
     for own in finetune.rewording_words().values():
         frames = {normalize(frame) for frame in own["train"]}
         assert len(frames) == len(own["train"]) and not frames & set(map(normalize, own["test"].values()))
