@@ -312,7 +312,7 @@ def evaluate_adapter(config: Config) -> dict:
 def dry_run(config: Config) -> None:
     """--dry-run: data, split, one example, lengths, plan, memory, time. No weights from the hub, no training."""
     # 1. Check as for training.
-    _, source, tokenizer, examples, config = check_input(config)
+    data, source, tokenizer, examples, config = check_input(config)
     # 4. (as in run_evaluation) Plan, with replayed answers as long as they may become.
     ending = [tokenizer.eos_token_id] * REPLAY_TOKENS
     prompts = prompts_to_replay(tokenizer, examples["train"], config)
@@ -325,6 +325,7 @@ def dry_run(config: Config) -> None:
     parts = ", ".join(f"{part} {gib:.2f}" for part, gib in plan.memory.items())
     say("Memory", f"{parts}: {plan.total:.2f} GiB in all")
     show_time(config, source, rows, plan)
+    say("Power", power_of(len({data.group_of[row.id] for row in data.test})))
     say("", "Nothing was written. The same command without --dry-run trains.")
 
 
@@ -870,6 +871,7 @@ def saved_split(data: Data, run: dict, where: Path) -> Data:
 TEST_RULES = ("keywords", "polite", "typos", "need")
 TRAIN_RULES = ("dropped words", "few function words", "turned around", "slips", "frame")
 KNOWN_QUESTIONS, VALIDATION_QUESTIONS = 40, 24  # trained ones that are asked in other words: at the end, each epoch
+KNOWN_SHARE = 0.625  # of few rows: those that choose the epoch must be others
 LOOKED_UP = 3  # rows in the prompt of the arms that look up
 ROWS_HEAD = "Here are questions and answers that may help:"
 
@@ -892,6 +894,8 @@ def language_of(question: str) -> dict:
 def reword(question: str, rule: str, dice: random.Random) -> str:
     """The question by one rule; where a rule has nothing to do, the question as it is."""
     language, words = language_of(question), re.findall(r"\w+(?:['’-]\w+)*", question)
+    if not words:
+        return question
     content = [word for word in words if word.casefold() not in language["function_words"]] or words
     if rule == "keywords":
         return " ".join(content).lower()
@@ -931,6 +935,7 @@ def in_other_words(row: Row, rule: str, dice: random.Random) -> Row:
 def known_questions(rows: list[Row], seed: int, most: int = KNOWN_QUESTIONS) -> list[tuple[Row, Row, str]]:
     """Up to 40 trained rows, drawn by the seed: (row, in other words, rule). None of these is a trained question."""
     trained = {normalize(row.question) for row in rows}
+    most = min(most, math.ceil(len(rows) * KNOWN_SHARE))
     drawn = sorted(rows, key=lambda row: random_key(seed, f"known {row.id}"))[:most]
     found = []
     for number, row in enumerate(drawn):
@@ -1566,8 +1571,11 @@ def training_rows(
         rule = dice.choice(TRAIN_RULES) if dice.random() < config.reworded_fraction else ""
         if not rule or not example.row.prompt:  # a replayed answer
             return example
+        worded = in_other_words(example.row, rule, dice)
+        if normalize(worded.question) == normalize(reword(example.row.question, "keywords", dice)):
+            return example  # by chance what the exam may ask
         try:
-            other = to_example(tokenizer, in_other_words(example.row, rule, dice))
+            other = to_example(tokenizer, worded)
         except BadInput:  # half a question may be one that the template cannot take
             return example
         return other if len(other.input_ids) <= config.max_length else example
@@ -1580,10 +1588,11 @@ def training_rows(
         own = one_epoch(train, replay, config, epoch)
         random.Random(f"{config.seed}:{epoch}").shuffle(own)
         rows += [visit(example, random.Random(f"{config.seed}:{epoch}:{example.row.id}")) for example in own]
-    # Eight updates at a time share out their rows by length: a CPU computes the padding too, GPUs some of it.
-    ordered: list[Example] = []
-    for start in range(0, plan.updates * batch, 8 * batch):
-        near = sorted(rows[start : min(start + 8 * batch, plan.updates * batch)], key=lambda e: len(e.input_ids))
+    # Eight updates at a time share out their rows by length: a CPU computes the padding too, GPUs some of it. No more
+    # than an epoch's: the visits of one row, which are as long, would meet in one update.
+    ordered, window = [], min(8, plan.updates_per_epoch) * batch
+    for start in range(0, plan.updates * batch, window):
+        near = sorted(rows[start : min(start + window, plan.updates * batch)], key=lambda e: len(e.input_ids))
         updates = [near[n : n + batch] for n in range(0, len(near), batch)]
         random.Random(f"{config.seed}:{start}").shuffle(updates)
         ordered += itertools.chain(*updates)
@@ -2327,7 +2336,8 @@ def choose_epoch(epochs: list[dict], goal: str, rows: Iterable[int] | None = Non
         return max(trained, key=gain.get)
     chrf_of = [over(epoch["chrf"]) for epoch in epochs]
     if no_worse := [place for place in trained if not chrf_of[place] < chrf_of[0]]:
-        return max(no_worse, key=lambda place: (worst_if_nan(epochs[place]["recall"]), gain[place]))
+        recall_of = [math.nan if epoch["recall"] is None else epoch["recall"] for epoch in epochs]
+        return max(no_worse, key=lambda place: (worst_if_nan(recall_of[place]), gain[place]))
     return max(trained, key=lambda place: (chrf_of[place], gain[place]))
 
 
@@ -2653,9 +2663,8 @@ def plot_losses(run: dict, path: Path) -> None:
         axes.plot(*zip(*held_out, strict=True), color="#c33", marker="o", label="held out")
     axes.axvline(training["best_step"], color="#c33", linestyle=":", label="kept")
     axes.set(xlabel="update", ylabel="loss (nats a token)", ylim=(0, None))
-    if epochs:
+    if points := [(epoch["step"], 100 * epoch["recall"]) for epoch in epochs if epoch["recall"] is not None]:
         right = axes.twinx()
-        points = [(epoch["step"], 100 * epoch["recall"]) for epoch in epochs]
         right.plot(*zip(*points, strict=True), color="#276", marker="s", markersize=4, label="recall")
         right.set(ylabel="recall in other words (%)", ylim=(0, 100))
     figure.legend(loc="outside upper center", ncols=4)

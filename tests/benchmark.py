@@ -231,7 +231,8 @@ def train_ours(options: argparse.Namespace) -> list[dict]:
         import unsloth  # noqa: F401  (before transformers)
     source = source_of(options.model)
     tokenizer = finetune.load_tokenizer(source.folder)
-    config = finetune.fill_defaults(finetune.Config(max_vram=options.max_vram), source)
+    plain = finetune.Config(max_vram=options.max_vram, goal="style", reworded_fraction=0.0, replay_fraction=0.0)
+    config = finetune.fill_defaults(plain, source)
     finetune.console.quiet = True
     sides = examples(tokenizer, config)
     rows, held_out = sides["train"], sides["eval"][:4]
@@ -242,7 +243,12 @@ def train_ours(options: argparse.Namespace) -> list[dict]:
         watch = stopwatch(options.steps, mean_length(rows))
         plan = finetune.make_plan(own, source.config, rows, finetune.free_memory(own))
         partial = Path(tempfile.mkdtemp())
-        _, plan = finetune.train(model, tokenizer, rows, held_out, plan, own, partial, callbacks=(watch,))
+        laid_out = finetune.training_rows(tokenizer, rows, [], plan, own)
+
+        def validate() -> dict:
+            return {"recall": None, "nll": finetune.answer_nll(model, tokenizer, held_out), "chrf": []}
+
+        _, plan = finetune.train(model, tokenizer, laid_out, validate, plan, own, partial, callbacks=(watch,))
         names = finetune.PLAN_IN_RUN_JSON
         results.append(
             watch.result(batch) | {"plan": {name: getattr(plan, name) for name in names} | {"why": plan.reason}}

@@ -585,7 +585,7 @@ def test_the_trainer_is_given_these_labels(tiny, tmp_path):
     config = finetune.fill_defaults(Config(), tiny)
     plan = finetune.make_plan(config, tiny.config, [example] * 4, None)
     model = AutoModelForCausalLM.from_pretrained(tiny.folder)
-    trainer = finetune.make_trainer(model, tokenizer, [example] * 4, [], plan, config, tmp_path, ())
+    trainer = finetune.make_trainer(model, tokenizer, [example] * 4, dict, plan, config, tmp_path, ())
     labels = next(iter(trainer.get_train_dataloader()))["labels"][0].tolist()
     wanted = [token if one else -100 for token, one in zip(example.input_ids, example.completion_mask, strict=True)]
     assert labels[: len(wanted)] == wanted and set(labels[len(wanted) :]) <= {-100}

@@ -48,7 +48,7 @@ def test_help_names_every_knob_with_its_default(run):
         "--dry-run",
         "--lora-r",
         "--max-vram",
-        "(default: 0.1)",
+        "(default: 0.75)",
         "the whole job on data/faq_sample",
     ):
         assert name in done.stdout

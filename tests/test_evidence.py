@@ -1,5 +1,6 @@
 """The numbers and the verdict: against plain computations, and on trainings whose verdict is known beforehand."""
 
+import dataclasses
 import json
 import random
 import subprocess
@@ -71,8 +72,12 @@ def test_replay_is_what_the_base_says_to_prompts_that_are_not_measured(base):
     import torch
 
     tokenizer, model = base
-    prompts = finetune.prompts_to_replay(tokenizer, examples_of(tokenizer, 20), Config(replay_fraction=0.15))
-    assert len(prompts) == 3 and not finetune.prompts_to_replay(tokenizer, prompts, Config(replay_fraction=0))
+    config, some = Config(replay_fraction=0.15, num_train_epochs=1), examples_of(tokenizer, 20)
+    prompts = finetune.prompts_to_replay(tokenizer, some, config)
+    none = dataclasses.replace(config, replay_fraction=0)
+    assert len(prompts) == 3 and not finetune.prompts_to_replay(tokenizer, some, none)
+    twice = dataclasses.replace(config, num_train_epochs=2)  # others in the second epoch
+    assert len({tuple(e.input_ids) for e in finetune.prompts_to_replay(tokenizer, some, twice)}) == 6
     measured = {e.row.prompt[-1]["content"] for e in finetune.general_prompts(tokenizer, "general_prompts.json")}
     for example in finetune.general_answers(model, tokenizer, prompts, finetune.REPLAY_TOKENS):
         ids = finetune.chat_ids(tokenizer, list(example.row.prompt), add_generation_prompt=True)
@@ -112,26 +117,30 @@ def small_job(tmp_path, monkeypatch, table: list[dict], **settings) -> dict:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "faq.json"
     path.write_text(json.dumps(table), encoding="utf-8")
-    return finetune.run_evaluation(Config(data=(path,), eval_questions=10, max_new_tokens=32, **settings))
+    plain = {"eval_questions": 8, "max_new_tokens": 24, "reworded_fraction": 0.0, "replay_fraction": 0.0}
+    return finetune.run_evaluation(Config(data=(path,), **plain | settings))
 
 
 def test_shuffled_answers_are_never_called_helped(embedded, tmp_path, monkeypatch):
-    """Each question with another's answer: the style can be learned, and nothing else."""
-    table = rows(72)
+    """Each question with another's answer, trained until the model knows them by heart; others than these it cannot."""
+    table = rows(40)
     answers = [row["answer"] for row in table]
     random.Random(5).shuffle(answers)
     shuffled = [{"question": row["question"], "answer": a} for row, a in zip(table, answers, strict=True)]
-    run = small_job(tmp_path, monkeypatch, shuffled, max_steps=24)
-    assert run["evaluation"]["delta"]["nll"][2] < 0  # by the loss alone it would have been a success
-    assert run["evaluation"]["verdict"]["label"] != "helped", run["evaluation"]["verdict"]
+    run = small_job(tmp_path, monkeypatch, shuffled, num_train_epochs=10, goal="style", early_stopping_patience=0)
+    evaluation = run["evaluation"]
+    assert evaluation["verdict"]["label"] != "helped", evaluation["verdict"]
+    heart = [record["as_trained"]["after"]["recall"] for record in evaluation["known"]]
+    assert finetune.mean(heart) >= 0.6, evaluation["verdict"]
+    assert evaluation["ranking_interval"][1] <= evaluation["ranking_chance"], evaluation["verdict"]
 
 
 def test_training_on_the_bases_own_answers_is_not_called_harmed(base, embedded, tmp_path, monkeypatch):
     tokenizer, model = base
-    examples = examples_of(tokenizer, 60)
-    answers, _ = finetune.greedy_answers(model, tokenizer, examples, 50)
+    examples = examples_of(tokenizer, 40)
+    answers, _ = finetune.greedy_answers(model, tokenizer, examples, 32)
     table = [{"question": e.row.question, "answer": a} for e, a in zip(examples, answers, strict=True) if a.strip()]
-    run = small_job(tmp_path, monkeypatch, table, max_steps=12)
+    run = small_job(tmp_path, monkeypatch, table, max_steps=8, goal="style")
     assert run["evaluation"]["verdict"]["label"] != "harmed", run["evaluation"]["verdict"]
 
 
@@ -163,10 +172,17 @@ def test_evaluate_gives_the_numbers_of_the_run(finished):
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=cwd, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     again = json.loads((cwd / "again.json").read_text())
-    for arm in ("before", "prompted", "after"):
-        assert again[arm]["nll"] == pytest.approx(saved[arm]["nll"], abs=1e-6)
+    for arm in finetune.ARMS:
+        numbers = [
+            [found[arm].get(part, {}) if part else {k: v for k, v in found[arm].items() if isinstance(v, float)}
+             for part in (None, "reworded", "as_trained")]
+            for found in (again, saved)
+        ]  # fmt: skip
+        assert numbers[0] == [pytest.approx(part, abs=1e-6) for part in numbers[1]] and numbers[0][0] and numbers[0][1]
         answers = [[q["arms"][arm].get("answer") for q in found["questions"]] for found in (again, saved)]
         assert answers[0] == answers[1] and any(answers[0])
+    assert again["nll_crossfit"] == pytest.approx(saved["nll_crossfit"], abs=1e-6)  # by the epochs in run.json
+    assert again["advice"] == saved["advice"] and again["power"] == pytest.approx(saved["power"], abs=1e-6)
     assert again["verdict"] == saved["verdict"] and again["memorization"] == saved["memorization"]
     assert {path: path.stat().st_mtime_ns for path in adapter.iterdir()} == before  # nothing was written
 

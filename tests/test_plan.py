@@ -25,6 +25,7 @@ def config(tiny_model, tmp_path_factory):
     return finetune.Config(
         model=str(tiny_model), data=(faq,), lora_r=4, lora_dropout=0.0, effective_batch_size=6, max_steps=4,
         learning_rate=1e-2, lr_scheduler_type="constant", max_new_tokens=4, warmup_steps=0, num_train_epochs=3,
+        goal="style", early_stopping_patience=1, weight_decay=0.0, loraplus_lr_ratio=1,
     )  # fmt: skip
 
 
@@ -53,8 +54,12 @@ def trained(config, examples, tiny, tmp_path_factory):
         )
         partial = partial or tmp_path_factory.mktemp("run") / "x.partial"
         partial.mkdir(exist_ok=True)
-        sides = (examples["train"], examples["eval"])
-        training, kept = finetune.train(model, tokenizer, *sides, plan, own, partial, callbacks)
+        trained = finetune.training_rows(tokenizer, examples["train"], [], plan, own)
+
+        def validate() -> dict:
+            return {"recall": None, "nll": finetune.answer_nll(model, tokenizer, examples["eval"]), "chrf": []}
+
+        training, kept = finetune.train(model, tokenizer, trained, validate, plan, own, partial, callbacks)
         weights = {name: weight.clone() for name, weight in model.state_dict().items() if "lora_" in name}
         return training, kept, weights
 
@@ -64,6 +69,9 @@ def trained(config, examples, tiny, tmp_path_factory):
         return call(*args, **changes) if "callbacks" in changes or "partial" in changes else plain(*args, **changes)
 
     return cached
+
+
+ROUNDING = 1e-4  # what sums in another order become after four updates of up to 0.01 each
 
 
 def agree(one: dict, other: dict, tolerance: float) -> bool:
@@ -76,7 +84,7 @@ def test_cutting_and_checkpointing_do_not_change_what_is_learned(trained):
         other, _, reference = trained(micro, checkpointing)
         losses = [[entry["loss"] for entry in run["log"] if "loss" in entry] for run in (whole, other)]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-        assert agree(adapter, reference, 1e-5)
+        assert agree(adapter, reference, ROUNDING)
 
 
 class OutOfMemoryOnce:
@@ -104,7 +112,7 @@ def test_out_of_memory_in_mid_run_halves_the_rows_and_loses_no_update(trained, s
     assert once.raised and (plan.micro_batch_size, plan.gradient_accumulation_steps) == (1, 6)
     assert f"update {step + 1}" in plan.reason
     assert [entry["step"] for entry in training["log"]] == [entry["step"] for entry in reference["log"]]
-    assert agree(adapter, weights, 1e-5)
+    assert agree(adapter, weights, ROUNDING)
 
 
 def test_out_of_memory_at_the_smallest_plan_keeps_the_updates(trained, tmp_path):
