@@ -117,7 +117,8 @@ def small_job(tmp_path, monkeypatch, table: list[dict], **settings) -> dict:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "faq.json"
     path.write_text(json.dumps(table), encoding="utf-8")
-    plain = {"eval_questions": 8, "max_new_tokens": 24, "reworded_fraction": 0.0, "replay_fraction": 0.0}
+    plain = {"eval_questions": 10, "eval_fraction": 0.3, "max_new_tokens": 24, "reworded_fraction": 0.0}
+    plain |= {"replay_fraction": 0.0, "goal": "style", "early_stopping_patience": 0}
     return finetune.run_evaluation(Config(data=(path,), **plain | settings))
 
 
@@ -127,9 +128,10 @@ def test_shuffled_answers_are_never_called_helped(embedded, tmp_path, monkeypatc
     answers = [row["answer"] for row in table]
     random.Random(5).shuffle(answers)
     shuffled = [{"question": row["question"], "answer": a} for row, a in zip(table, answers, strict=True)]
-    run = small_job(tmp_path, monkeypatch, shuffled, num_train_epochs=10, goal="style", early_stopping_patience=0)
+    monkeypatch.setattr(finetune, "choose_epoch", lambda epochs, *_: len(epochs) - 1)  # the last, whatever it is like
+    run = small_job(tmp_path, monkeypatch, shuffled, num_train_epochs=12)
     evaluation = run["evaluation"]
-    assert evaluation["verdict"]["label"] != "helped", evaluation["verdict"]
+    assert evaluation["verdict"]["label"] != "helped" and not finetune.too_few(evaluation), evaluation["verdict"]
     heart = [record["as_trained"]["after"]["recall"] for record in evaluation["known"]]
     assert finetune.mean(heart) >= 0.6, evaluation["verdict"]
     assert evaluation["ranking_interval"][1] <= evaluation["ranking_chance"], evaluation["verdict"]
@@ -140,8 +142,9 @@ def test_training_on_the_bases_own_answers_is_not_called_harmed(base, embedded, 
     examples = examples_of(tokenizer, 40)
     answers, _ = finetune.greedy_answers(model, tokenizer, examples, 32)
     table = [{"question": e.row.question, "answer": a} for e, a in zip(examples, answers, strict=True) if a.strip()]
-    run = small_job(tmp_path, monkeypatch, table, max_steps=8, goal="style")
+    run = small_job(tmp_path, monkeypatch, table, max_steps=8)
     assert run["evaluation"]["verdict"]["label"] != "harmed", run["evaluation"]["verdict"]
+    assert not finetune.too_few(run["evaluation"]), run["evaluation"]["verdict"]
 
 
 @pytest.fixture(scope="module")
