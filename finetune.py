@@ -1572,8 +1572,8 @@ def training_rows(
         if not rule or not example.row.prompt:  # a replayed answer
             return example
         worded = in_other_words(example.row, rule, dice)
-        if normalize(worded.question) == normalize(reword(example.row.question, "keywords", dice)):
-            return example  # by chance what the exam may ask
+        if normalize(worded.question) == normalize(in_other_words(example.row, "keywords", dice).question):
+            return example  # by chance what may be asked at the end
         try:
             other = to_example(tokenizer, worded)
         except BadInput:  # half a question may be one that the template cannot take
