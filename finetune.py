@@ -146,7 +146,7 @@ class Config:
     # evidence
     eval_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.2  # Share of the rows held out; near-duplicates stay together.
     eval_questions: Annotated[int | None, Ge(1)] = None  # Held-out questions to answer. Default: GPU 200, CPU 60.
-    max_new_tokens: Annotated[int | None, Ge(1)] = None  # Of an answer. Default: 1.5 times the longest training answer.
+    max_new_tokens: Annotated[int | None, Ge(1)] = None  # Of an answer. Default: 1.25 times the longest training answer.
     require_improvement: bool = False  # Exit with 3 unless the verdict is "helped".
     seed: int = 42  # Of split, LoRA initialization, order of rows and dropout.
     # machine
@@ -1843,7 +1843,8 @@ def last_checkpoint(partial: Path) -> Path | None:
 
 EVAL_BATCH = {"gpu": 32, "cpu": 64}  # prompts at a time; 32 of a 7B take 2.3 GiB, and half as many if that fails
 GENERAL_TOKENS = REPLAY_TOKENS = 40  # of the base's own answers to general prompts, measured and trained on
-EVAL_QUESTIONS = {"gpu": 200, "cpu": 60}  # answered at most; the loss is measured on all held-out ones
+EVAL_QUESTIONS = {"gpu": 200, "cpu": 60}  # new ones, answered at most; the loss is measured on all held-out ones
+KNOWN_ASKED = {"gpu": KNOWN_QUESTIONS, "cpu": 24}  # trained ones in other words
 RANKED = {"gpu": 200, "cpu": 10}  # of these, ranked at most: ten answers a question are read twice
 RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
 RIVALS = 30  # trained answers that an answer is compared with, the likest by letters: those further off never win
@@ -1884,7 +1885,7 @@ def make_eval_set(tokenizer: Tokenizer, data: Data, examples: dict[str, list[Exa
     groups = [data.group_of[row.id] for row in data.test]
     asked = min(config.eval_questions or EVAL_QUESTIONS[where], len(held_out))
     longest = max(len(example.input_ids) - example.prompt_length for example in train)
-    known = known_questions(data.train, config.seed, min(KNOWN_QUESTIONS, config.eval_questions or KNOWN_QUESTIONS))
+    known = known_questions(data.train, config.seed, min(KNOWN_ASKED[where], config.eval_questions or KNOWN_QUESTIONS))
     found = []
     for row, group in zip(data.test[:asked], groups, strict=False):
         # A row of the question's own group, which an owner's split may train, would say the answer.
@@ -1906,7 +1907,7 @@ def make_eval_set(tokenizer: Tokenizer, data: Data, examples: dict[str, list[Exa
         checked=[to_example(tokenizer, row) for row in checked],
         train_sample=sorted(train, key=lambda example: random_key(config.seed, example.row.id))[:asked],
         train_answers=[row.answer for row in data.train],
-        max_new_tokens=config.max_new_tokens or math.ceil(1.5 * longest),
+        max_new_tokens=config.max_new_tokens or math.ceil(1.25 * longest),
         records=[
             {"id": row.id, "question": row.question, "reference": row.answer, "group": group, "arms": {}}
             for row, group in zip(data.test, groups, strict=True)
