@@ -146,7 +146,7 @@ class Config:
     # evidence
     eval_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.2  # Share of the rows held out; near-duplicates stay together.
     eval_questions: Annotated[int | None, Ge(1)] = None  # Held-out questions to answer. Default: GPU 200, CPU 60.
-    max_new_tokens: Annotated[int | None, Ge(1)] = None  # Of an answer. Default: 1.25 times the longest training answer.
+    max_new_tokens: Annotated[int | None, Ge(1)] = None  # Default: 1.25 times the longest training answer.
     require_improvement: bool = False  # Exit with 3 unless the verdict is "helped".
     seed: int = 42  # Of split, LoRA initialization, order of rows and dropout.
     # machine
