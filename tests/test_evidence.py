@@ -138,11 +138,18 @@ def test_shuffled_answers_are_never_called_helped(embedded, tmp_path, monkeypatc
 
 
 def test_training_on_the_bases_own_answers_is_not_called_harmed(base, embedded, tmp_path, monkeypatch):
+    """Told to be brief, for its answers to the bare question it repeats to the letter, and nothing else can."""
     tokenizer, model = base
+    brief = [row | {"question": row["question"] + finetune.BRIEF.format(words=20)} for row in rows(40)]
+    asked = [finetune.Row(({"role": "user", "content": r["question"]},), r["answer"], "brief") for r in brief]
+    answers, _ = finetune.greedy_answers(model, tokenizer, finetune.encode(tokenizer, asked, 512), 32)
     examples = examples_of(tokenizer, 40)
-    answers, _ = finetune.greedy_answers(model, tokenizer, examples, 32)
     table = [{"question": e.row.question, "answer": a} for e, a in zip(examples, answers, strict=True) if a.strip()]
-    run = small_job(tmp_path, monkeypatch, table, max_steps=8)
+    # At a 7B's rate: a small model's teaches these answers by heart. What is then far from the base's own words, which
+    # the base repeats, the rules call harmed (seen with 48 updates at 1e-3: chrF 41 became 25).
+    settings = {"max_steps": 8, "learning_rate": 2e-4, "loraplus_lr_ratio": 1.0, "weight_decay": 0.0}
+    settings |= {"replay_fraction": 0.15, "eval_questions": 16}
+    run = small_job(tmp_path, monkeypatch, table, **settings)
     assert run["evaluation"]["verdict"]["label"] != "harmed", run["evaluation"]["verdict"]
     assert not finetune.too_few(run["evaluation"]), run["evaluation"]["verdict"]
 
