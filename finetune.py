@@ -123,13 +123,13 @@ class Config:
     dry_run: bool = False  # Check the data, show split, one masked example, steps, memory and time; write nothing.
     resume: bool = False  # Go on from the last checkpoint of this output folder.
     evaluate: Path | None = None  # Measure this saved adapter again, on the questions its own run held out.
-    # LoRA, as in the recipe that this project grew from
+    # LoRA
     lora_r: Annotated[int, Ge(1)] = 16  # Rank.
     lora_alpha: Annotated[int, Ge(1)] = 32  # Scale: the update counts lora_alpha / lora_r.
     lora_dropout: Annotated[float | None, Ge(0), Lt(1)] = None  # Default: 0.1; models below 1B parameters: 0.
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    # training, likewise
-    goal: Literal["knowledge", "style"] = "knowledge"  # Keep the epoch that knows most, or has the best loss.
+    # training
+    goal: Literal["knowledge", "style"] = "knowledge"  # Keep what knows most, or what has the best loss.
     num_train_epochs: Annotated[float | None, Gt(0)] = None  # Times that each row is seen. Default: 5; below 1B: 12.
     reworded_fraction: Annotated[float, Ge(0), Le(1)] = 0.75  # Of these times, how often in other words.
     max_steps: int = -1  # If positive: so many updates, whatever the epochs say.
@@ -140,12 +140,12 @@ class Config:
     loraplus_lr_ratio: Annotated[float | None, Ge(1)] = None  # LoRA's B learns faster than A. Default: 1; below 1B: 8.
     weight_decay: Annotated[float | None, Ge(0)] = None  # Default: 0; below 1B: 0.5.
     max_grad_norm: Annotated[float, Ge(0)] = 1.0
-    early_stopping_patience: Annotated[int | None, Ge(0)] = None  # In epochs; 0: never. Default: 0; style: 1.
-    replay_fraction: Annotated[float, Ge(0), Le(1)] = 0.15  # Of a row and epoch: general prompts to keep.
+    early_stopping_patience: Annotated[int | None, Ge(0)] = None  # In checks; 0: never. Default: 0; style: 1.
+    replay_fraction: Annotated[float, Ge(0), Le(1)] = 0.15  # General prompts an epoch, for each row; 400 in all.
     max_length: Annotated[int, Ge(16)] = 2048  # In tokens. A row that would be cut is an error, not a surprise.
     # evidence
     eval_fraction: Annotated[float, Gt(0), Le(0.5)] = 0.2  # Share of the rows held out; near-duplicates stay together.
-    eval_questions: Annotated[int | None, Ge(1)] = None  # Held-out questions to answer. Default: GPU 200, CPU 60.
+    eval_questions: Annotated[int | None, Ge(1)] = None  # New ones to answer, known ones at most. GPU 200, CPU 60.
     max_new_tokens: Annotated[int | None, Ge(1)] = None  # Default: 1.25 times the longest training answer.
     require_improvement: bool = False  # Exit with 3 unless the verdict is "helped".
     seed: int = 42  # Of split, LoRA initialization, order of rows and dropout.
@@ -223,7 +223,7 @@ def flags_from_file(path: Path, leave_out: tuple[str, ...] = ()) -> list[str]:
 
 
 def fill_defaults(config: Config, source: Source) -> Config:
-    """The model's name, and the defaults that its size decides. Those for a 7B: the seed's (README, "The recipe")."""
+    """The model's name, and the defaults that its size and the goal decide (README, "The recipe")."""
     defaults = {"learning_rate": 2e-4, "warmup_steps": 0, "num_train_epochs": 5, "lora_dropout": 0.1}
     defaults |= {"loraplus_lr_ratio": 1, "weight_decay": 0, "early_stopping_patience": int(config.goal == "style")}
     if count_weights(source.config, config).total < 1e9:  # needs more to learn a fact, and forgets more for it
@@ -255,17 +255,17 @@ def run_evaluation(config: Config | None = None) -> dict:
         #    rows in its prompt. `questions` collects what comes of it, and what a search alone answers.
         questions = make_eval_set(tokenizer, data, examples, config)
         before = measure(model, tokenizer, questions, "before")
+        say("Before", f"held-out loss {before:.3f}")
         # 4. Lay out what is trained: each epoch every row, mostly in other words, and general prompts that the base has
         #    answered, so that it stays what it was elsewhere. Plan how an update fits the memory.
         replay = replay_answers(model, tokenizer, examples["train"], config, partial)
         plan = make_plan(config, source.config, one_epoch(examples["train"], replay, config), free_memory(config))
         rows = training_rows(tokenizer, examples["train"], replay, plan, config)
-        show_time(config, source, rows, plan)
-        # 5. Train a LoRA; keep the epoch that knows its FAQ best while it answers new questions no worse than the base.
-        model = add_lora(model, config, source)
-        say("Before", f"held-out loss {before:.3f}")
         if replay:
             say("Replay", f"{len(replay)} general prompts are trained too, with the base's own answers")
+        # 5. Train a LoRA; keep what knows its FAQ best while it answers new questions no worse than the base (--goal).
+        model = add_lora(model, config, source)
+        show_time(config, source, rows, plan)
         validate = functools.partial(validate_epoch, model, tokenizer, questions, config.goal)
         training, plan = train(model, tokenizer, rows, validate, plan, config, partial)
         # 6. Measure again, on the same questions, without and with looked-up rows.
@@ -325,7 +325,8 @@ def dry_run(config: Config) -> None:
     parts = ", ".join(f"{part} {gib:.2f}" for part, gib in plan.memory.items())
     say("Memory", f"{parts}: {plan.total:.2f} GiB in all")
     show_time(config, source, rows, plan)
-    say("Power", power_of(len({data.group_of[row.id] for row in data.test})))
+    groups = [data.group_of[row.id] for row in data.test]
+    say("Power", power_of(len(set(groups[: questions_asked(config, len(groups))])), len(set(groups))))
     say("", "Nothing was written. The same command without --dry-run trains.")
 
 
@@ -560,6 +561,14 @@ class Row:
         if len(self.prompt) == 1:
             return self.prompt[0]["content"]
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in self.prompt)
+
+    @property
+    def last_question(self) -> str:
+        return self.prompt[-1]["content"]
+
+    def asking(self, text: str) -> Row:
+        """The same row with another last question."""
+        return dataclasses.replace(self, prompt=(*self.prompt[:-1], self.prompt[-1] | {"content": text}))
 
     @property
     def id(self) -> str:
@@ -865,13 +874,13 @@ def saved_split(data: Data, run: dict, where: Path) -> Data:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Other words and look-up: takes questions, gives them in other words by fixed, seeded rules, and the rows whose
-# questions are nearest. No model, no torch here. TEST_RULES are never trained on, TRAIN_RULES never tested: what is
-# measured is whether the model knows the answer, and not whether it knows the rule.
+# questions are nearest. No model, no torch here. TEST_RULES are never trained on, and TRAIN_RULES have no part in the
+# verdict: what is measured is whether the model knows the answer, and not whether it knows the rule.
 
 TEST_RULES = ("keywords", "polite", "typos", "need")
 TRAIN_RULES = ("dropped words", "few function words", "turned around", "slips", "frame")
-KNOWN_QUESTIONS, VALIDATION_QUESTIONS = 40, 24  # trained ones that are asked in other words: at the end, each epoch
-KNOWN_SHARE = 0.625  # of few rows: those that choose the epoch must be others
+KNOWN_QUESTIONS, VALIDATION_QUESTIONS = 40, 24  # trained ones asked in other words: for the verdict, at each check
+KNOWN_SHARE = 0.625  # of the trained rows at most, so that others are left for the checks
 LOOKED_UP = 3  # rows in the prompt of the arms that look up
 ROWS_HEAD = "Here are questions and answers that may help:"
 
@@ -902,9 +911,10 @@ def reword(question: str, rule: str, dice: random.Random) -> str:
     if rule in ("polite", "need"):
         return language["test"].get(rule, "{}").format(" ".join(content).lower())
     if rule == "dropped words":
-        return " ".join([word for word in words if dice.random() > 0.35] or words)
+        return " ".join([word for word in words if dice.random() > 0.35 or has_digit(word)] or words)
     if rule == "few function words":
-        return " ".join(word for word in words if dice.random() > (0.15 if word in content else 0.7)) or question
+        odds = {word: 0.0 if has_digit(word) else 0.15 if word in content else 0.7 for word in words}
+        return " ".join(word for word in words if dice.random() >= odds[word]) or question
     if rule == "turned around":
         cut = dice.randrange(1, max(2, len(words)))
         return " ".join(words[cut:] + words[:cut])
@@ -914,10 +924,15 @@ def reword(question: str, rule: str, dice: random.Random) -> str:
     return mistype(question, dice, swap=rule == "typos")
 
 
+def has_digit(word: str) -> bool:
+    """A question with another number is another question: no rule touches such a word."""
+    return any(letter.isdigit() for letter in word)
+
+
 def mistype(question: str, dice: random.Random, swap: bool) -> str:
     """Two longer words with two letters exchanged, or ("slips") with one letter missing or doubled."""
     parts = re.split(r"(\w+)", question)
-    long = [place for place in range(1, len(parts), 2) if len(parts[place]) > 4]
+    long = [place for place in range(1, len(parts), 2) if len(parts[place]) > 4 and not has_digit(parts[place])]
     for place in dice.sample(long, min(2, len(long))):
         word = parts[place]
         at = dice.randrange(1, len(word) - 1)
@@ -928,19 +943,23 @@ def mistype(question: str, dice: random.Random, swap: bool) -> str:
 
 def in_other_words(row: Row, rule: str, dice: random.Random) -> Row:
     """The row with its last question by this rule."""
-    *earlier, last = row.prompt
-    return dataclasses.replace(row, prompt=(*earlier, last | {"content": reword(last["content"], rule, dice)}))
+    return row.asking(reword(row.last_question, rule, dice))
 
 
-def known_questions(rows: list[Row], seed: int, most: int = KNOWN_QUESTIONS) -> list[tuple[Row, Row, str]]:
-    """Up to 40 trained rows, drawn by the seed: (row, in other words, rule). None of these is a trained question."""
-    trained = {normalize(row.question) for row in rows}
+def known_questions(
+    rows: list[Row], seed: int, most: int = KNOWN_QUESTIONS, rules: tuple = TEST_RULES, taken: Iterable[Row] = ()
+) -> list[tuple[Row, Row, str]]:
+    """Up to `most` trained rows that are not `taken`, drawn by the seed: (row, in other words, rule). What is asked in
+    other words is no trained question.
+    """
+    trained, others = {normalize(row.question) for row in rows}, {row.id for row in taken}
     most = min(most, math.ceil(len(rows) * KNOWN_SHARE))
-    drawn = sorted(rows, key=lambda row: random_key(seed, f"known {row.id}"))[:most]
+    left = [row for row in rows if row.id not in others]
+    drawn = sorted(left, key=lambda row: random_key(seed, f"known {row.id}"))[:most]
     found = []
     for number, row in enumerate(drawn):
-        rules = [TEST_RULES[(number + n) % len(TEST_RULES)] for n in range(len(TEST_RULES))]
-        worded = [(in_other_words(row, rule, random.Random(f"{seed}:{row.id}:{rule}")), rule) for rule in rules]
+        own = [rules[(number + n) % len(rules)] for n in range(len(rules))]
+        worded = [(in_other_words(row, rule, random.Random(f"{seed}:{row.id}:{rule}")), rule) for rule in own]
         new = ((row, other, rule) for other, rule in worded if normalize(other.question) not in trained)
         found += itertools.islice(new, 1)
     return found
@@ -954,21 +973,23 @@ def closeness(questions: list[str], others: list[str]) -> np.ndarray:
 
 
 def nearest_rows(question: str, rows: list[Row], count: int = LOOKED_UP) -> list[Row]:
-    """The rows whose questions are most like this one, the nearest first."""
-    order = np.argsort(-closeness([question], [row.question for row in rows])[0], kind="stable")
+    """The rows whose last questions are most like this one, the nearest first."""
+    order = np.argsort(-closeness([question], [row.last_question for row in rows])[0], kind="stable")
     return [rows[place] for place in order[:count]]
 
 
 def with_rows(turns: Iterable[dict], rows: list[Row]) -> tuple[dict, ...]:
     """A conversation whose last question comes after looked-up rows: the same form in every arm, and in chat."""
     *earlier, last = turns
-    shown = "\n\n".join(f"Question: {row.question}\nAnswer: {row.answer}" for row in rows)
+    if not rows:
+        return (*earlier, last)
+    shown = "\n\n".join(f"Question: {row.last_question}\nAnswer: {row.answer}" for row in rows)
     return (*earlier, last | {"content": f"{ROWS_HEAD}\n\n{shown}\n\nQuestion: {last['content']}"})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tokens and mask: takes rows, gives what the model reads and which tokens it is taught. Training, evaluation and chat
-# share these. A fault here trains silently to nonsense, so every row is checked.
+# share these. A fault here trains silently to nonsense, so every row is checked as its file has it.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1415,6 +1436,11 @@ class Plan:
     reason: str
 
     @property
+    def batch(self) -> int:
+        """Rows of an update."""
+        return self.micro_batch_size * self.gradient_accumulation_steps
+
+    @property
     def total(self) -> float:
         return sum(self.memory.values())
 
@@ -1495,15 +1521,15 @@ def make_plan(config: Config, shape: dict, train: list[Example], memory: float |
 
 def lower_plan(plan: Plan, step: int, gpu: bool) -> Plan:
     """The next option after memory ran out at update `step` + 1. Raises BadInput if there is none."""
-    batch = plan.micro_batch_size * plan.gradient_accumulation_steps
-    cuts = list(dict.fromkeys(option[:2] for option in batch_options(batch, gpu)))
+    cuts = list(dict.fromkeys(option[:2] for option in batch_options(plan.batch, gpu)))
     smaller = cuts[cuts.index((plan.micro_batch_size, plan.gradient_checkpointing)) + 1 :]
     if not smaller and (step or plan.optim == ADAMW_8BIT or not gpu):  # moments made so far are those of one optimizer
         stop_out_of_memory(step)
     micro, checkpointing = smaller[0] if smaller else (1, True)
     return dataclasses.replace(
-        plan, micro_batch_size=micro, gradient_checkpointing=checkpointing, gradient_accumulation_steps=batch // micro,
-        optim=plan.optim if smaller else ADAMW_8BIT, reason=f"memory ran out at update {step + 1}",
+        plan, micro_batch_size=micro, gradient_accumulation_steps=plan.batch // micro,
+        gradient_checkpointing=checkpointing, optim=plan.optim if smaller else ADAMW_8BIT,
+        reason=f"memory ran out at update {step + 1}",
     )  # fmt: skip
 
 
@@ -1533,7 +1559,7 @@ def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Pl
     # Forward and backward are 4 operations a weight and token, a second forward makes 6; the rest of an update (small
     # kernels, attention, dropout, optimizer) took as long again where we measured.
     operations = (6 if plan.gradient_checkpointing else 4) * (weights.linear + weights.embeddings / 2) * tokens
-    update = 2 * operations * config.effective_batch_size / speed + 0.3 * plan.gradient_accumulation_steps
+    update = 2 * operations * plan.batch / speed + 0.3 * plan.gradient_accumulation_steps
     return plan.updates * update
 
 
@@ -1542,7 +1568,7 @@ def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Pl
 # ours adds what is checked between epochs, checkpoints by the clock, and a way on when memory runs out.
 
 CHECKPOINT_SECONDS = 120  # a lost session costs at most this much training, and a Ctrl-C nothing
-CHECKS = 4  # in a training for knowledge, spread over its epochs: each answers questions
+CHECKS = 4  # of a training for knowledge, spread over its epochs: each answers questions. For style: every epoch
 
 
 def epochs_of(config: Config, rows: int) -> int:
@@ -1552,11 +1578,11 @@ def epochs_of(config: Config, rows: int) -> int:
 
 
 def one_epoch(train: list[Example], replay: list[Example], config: Config, epoch: int = 0) -> list[Example]:
-    """The rows as they are, and those replayed answers whose turn it is. Few are repeated: a model soon knows them by
-    heart, and then they keep nothing. (The same 336 from 50 prompts: loss on general answers +109%; from 400: +34%.)
+    """The rows as they are, and those replayed answers whose turn it is. They are spread over the epochs, none twice:
+    what a model knows by heart keeps nothing. (50, each seven times: general answers +109%; 336, each once: +34%.)
     """
     share = min(round(config.replay_fraction * len(train)), len(replay))
-    share = min(share, math.ceil(len(replay) / epochs_of(config, len(train))))
+    share = min(share, math.ceil(len(replay) / epochs_of(config, len(train))))  # at most one epoch repeats a few
     return [*train, *(replay[(epoch * share + n) % len(replay)] for n in range(share))]
 
 
@@ -1566,14 +1592,16 @@ def training_rows(
     """All that is trained, in order: epoch after epoch, in each every row once, most times in words of its own. It
     depends on seed and rows alone, so that a resumed run goes on where it was.
     """
+    trained = {normalize(example.row.question) for example in train}
 
     def visit(example: Example, dice: random.Random) -> Example:
         rule = dice.choice(TRAIN_RULES) if dice.random() < config.reworded_fraction else ""
         if not rule or not example.row.prompt:  # a replayed answer
             return example
         worded = in_other_words(example.row, rule, dice)
-        if normalize(worded.question) == normalize(in_other_words(example.row, "keywords", dice).question):
-            return example  # by chance what may be asked at the end
+        of_the_test = normalize(in_other_words(example.row, "keywords", dice).question)
+        if normalize(worded.question) in trained | {of_the_test}:  # by chance
+            return example
         try:
             other = to_example(tokenizer, worded)
         except BadInput:  # half a question may be one that the template cannot take
@@ -1581,19 +1609,19 @@ def training_rows(
         return other if len(other.input_ids) <= config.max_length else example
 
     rows: list[Example] = []
-    batch = plan.micro_batch_size * plan.gradient_accumulation_steps
-    for epoch in itertools.count():
-        if len(rows) >= plan.updates * batch:
-            break
-        own = one_epoch(train, replay, config, epoch)
-        random.Random(f"{config.seed}:{epoch}").shuffle(own)
-        rows += [visit(example, random.Random(f"{config.seed}:{epoch}:{example.row.id}")) for example in own]
-    # Eight updates at a time share out their rows by length: a CPU computes the padding too, GPUs some of it. No more
-    # than an epoch's: the visits of one row, which are as long, would meet in one update.
-    ordered, window = [], min(8, plan.updates_per_epoch) * batch
-    for start in range(0, plan.updates * batch, window):
-        near = sorted(rows[start : min(start + window, plan.updates * batch)], key=lambda e: len(e.input_ids))
-        updates = [near[n : n + batch] for n in range(0, len(near), batch)]
+    with working("Putting questions in other words"):
+        for epoch in itertools.count():
+            if len(rows) >= plan.updates * plan.batch:
+                break
+            own = one_epoch(train, replay, config, epoch)
+            random.Random(f"{config.seed}:{epoch}").shuffle(own)
+            rows += [visit(example, random.Random(f"{config.seed}:{epoch}:{example.row.id}")) for example in own]
+    # Rows of like length meet in one update, eight updates at a time, so that little is padded; but never across more
+    # than an epoch, where two visits of a row would meet.
+    ordered, window = [], min(8, plan.updates_per_epoch) * plan.batch
+    for start in range(0, plan.updates * plan.batch, window):
+        near = sorted(rows[start : min(start + window, plan.updates * plan.batch)], key=lambda e: len(e.input_ids))
+        updates = [near[n : n + plan.batch] for n in range(0, len(near), plan.batch)]
         random.Random(f"{config.seed}:{start}").shuffle(updates)
         ordered += itertools.chain(*updates)
     return ordered
@@ -1603,8 +1631,8 @@ def train(
     model: Model, tokenizer: Tokenizer, rows: list[Example], validate: Callable[[], dict], plan: Plan, config: Config,
     partial: Path, callbacks: tuple = (),
 ) -> tuple[dict, Plan]:  # fmt: skip
-    """Train until the rows are over, patience is, or somebody stops it (KeyboardInterrupt, checkpoint saved). `rows`:
-    training_rows(); `validate`: validate_epoch(), which says how good the model is now.
+    """Train until rows or patience are used up, or somebody stops it (KeyboardInterrupt, checkpoint saved). `rows` come
+    from training_rows(); `validate` is validate_epoch(), which says how good the model is now.
 
     Returns the `training` part of run.json and the plan that was kept to in the end.
     """
@@ -1648,8 +1676,7 @@ def training_facts(state: Any, best: int, rows: list[Example], plan: Plan, monit
     """The `training` part of run.json: of the whole run, however often it was resumed, but for the peaks of memory."""
     losses = [entry for entry in state.log_history if "loss" in entry]
     steps, seconds = losses[-1]["step"], max(monitor.seconds, 1e-9)
-    batch = plan.micro_batch_size * plan.gradient_accumulation_steps
-    tokens = sum(len(example.input_ids) for example in rows[: steps * batch])
+    tokens = sum(len(example.input_ids) for example in rows[: steps * plan.batch])
     log: dict[int, dict] = {}
     for entry in state.log_history:
         if kept := {key: entry[key] for key in ("loss", "eval_loss", "learning_rate") if key in entry}:
@@ -1661,7 +1688,7 @@ def training_facts(state: Any, best: int, rows: list[Example], plan: Plan, monit
         "seconds": round(seconds, 2),
         "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
-        "samples_per_second": round(steps * batch / seconds, 3),
+        "samples_per_second": round(steps * plan.batch / seconds, 3),
         "first_loss": losses[0]["loss"],
         "last_loss": losses[-1]["loss"],
         "peak_vram_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if has_gpu() else None,
@@ -1696,10 +1723,10 @@ def make_trainer(
             return {"eval_loss": loss, "eval_best": len(epochs) if best else 0}
 
         def create_optimizer(self, *some: Any) -> torch.optim.Optimizer:
-            if config.loraplus_lr_ratio in (None, 1):
+            if config.loraplus_lr_ratio == 1:
                 return super().create_optimizer(*some)
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            own = {"loraplus_lr_ratio": config.loraplus_lr_ratio, "loraplus_weight_decay": config.weight_decay or 0.0}
+            own = {"loraplus_lr_ratio": config.loraplus_lr_ratio, "loraplus_weight_decay": config.weight_decay}
             self.optimizer = peft_optimizers.create_loraplus_optimizer(model, kind, **own, **settings)
             return self.optimizer
 
@@ -1752,9 +1779,9 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict):
     What a resumed run must know of it (`before`: seconds so far, optimizer, epochs) is saved in each checkpoint's
     trainer_state.json.
     """
-    checks = CHECKS if config.goal == "knowledge" else plan.updates
-    every = plan.updates_per_epoch * math.ceil(plan.updates / plan.updates_per_epoch / checks)
-    tokens = mean(len(example.input_ids) for example in rows) * plan.micro_batch_size * plan.gradient_accumulation_steps
+    epochs = math.ceil(plan.updates / plan.updates_per_epoch)
+    every = plan.updates_per_epoch * (math.ceil(epochs / CHECKS) if config.goal == "knowledge" else 1)
+    tokens = mean(len(example.input_ids) for example in rows) * plan.batch
 
     def is_check(state: Any) -> bool:
         return state.global_step % every == 0 or state.global_step >= state.max_steps
@@ -1826,7 +1853,7 @@ def stopped_by_signals(monitor: Any) -> Iterator[None]:
 
 def patience_is_over(epochs: list[dict], config: Config) -> bool:
     """Whether the last `early_stopping_patience` checks brought nothing better."""
-    trained, patience = len(epochs) - 1, config.early_stopping_patience or 0
+    trained, patience = len(epochs) - 1, config.early_stopping_patience
     return 0 < patience < trained and choose_epoch(epochs, config.goal) <= trained - patience
 
 
@@ -1844,7 +1871,7 @@ def last_checkpoint(partial: Path) -> Path | None:
 EVAL_BATCH = {"gpu": 32, "cpu": 64}  # prompts at a time; 32 of a 7B take 2.3 GiB, and half as many if that fails
 GENERAL_TOKENS = REPLAY_TOKENS = 40  # of the base's own answers to general prompts, measured and trained on
 EVAL_QUESTIONS = {"gpu": 200, "cpu": 60}  # new ones, answered at most; the loss is measured on all held-out ones
-KNOWN_ASKED = {"gpu": KNOWN_QUESTIONS, "cpu": 24}  # trained ones in other words
+KNOWN_ASKED = {"gpu": KNOWN_QUESTIONS, "cpu": 24}  # trained ones in other words, at most
 RANKED = {"gpu": 200, "cpu": 10}  # of these, ranked at most: ten answers a question are read twice
 RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
 RIVALS = 30  # trained answers that an answer is compared with, the likest by letters: those further off never win
@@ -1880,31 +1907,34 @@ class EvalSet:
     seconds: float = 0.0
 
 
+def questions_asked(config: Config, held_out: int) -> int:
+    """How many of the held-out questions are answered."""
+    return min(config.eval_questions or EVAL_QUESTIONS["gpu" if has_gpu() else "cpu"], held_out)
+
+
 def make_eval_set(tokenizer: Tokenizer, data: Data, examples: dict[str, list[Example]], config: Config) -> EvalSet:
-    held_out, train, where = examples["test"], examples["train"], "gpu" if has_gpu() else "cpu"
-    groups = [data.group_of[row.id] for row in data.test]
-    asked = min(config.eval_questions or EVAL_QUESTIONS[where], len(held_out))
-    longest = max(len(example.input_ids) - example.prompt_length for example in train)
-    known = known_questions(data.train, config.seed, min(KNOWN_ASKED[where], config.eval_questions or KNOWN_QUESTIONS))
-    found = []
-    for row, group in zip(data.test[:asked], groups, strict=False):
-        # A row of the question's own group, which an owner's split may train, would say the answer.
-        found.append(nearest_rows(row.question, [other for other in data.train if data.group_of[other.id] != group]))
-    found_known = [nearest_rows(other.question, data.train) for _, other, _ in known]
-    taken = {row.id for row, _, _ in known}
-    left = sorted((row for row in data.train if row.id not in taken), key=lambda row: random_key(config.seed, row.id))
-    checked = [
-        in_other_words(row, TRAIN_RULES[n % len(TRAIN_RULES)], random.Random(f"{config.seed}:check:{row.id}"))
-        for n, row in enumerate(left[: min(VALIDATION_QUESTIONS, asked)])
-    ]
+    held_out, train, most = examples["test"], examples["train"], config.eval_questions or KNOWN_QUESTIONS
+    groups, asked = [data.group_of[row.id] for row in data.test], questions_asked(config, len(data.test))
+    known = known_questions(data.train, config.seed, min(KNOWN_ASKED["gpu" if has_gpu() else "cpu"], most))
+    taken, worded = [row for row, _, _ in known], [other for _, other, _ in known]
+    checked = known_questions(data.train, config.seed, min(VALIDATION_QUESTIONS, most), TRAIN_RULES, taken)
+    near = [nearest_rows(row.last_question, data.train, len(data.train)) for row in data.test[:asked]]
+    # A row of the question's own group, which an owner's split may train, would say the answer.
+    apart = [[row for row in rows if data.group_of[row.id] != group] for rows, group in zip(near, groups, strict=False)]
+    shown = [rows_to_show(tokenizer, *pair, config) for pair in zip(data.test, apart, strict=False)]
+    near_known = [nearest_rows(row.last_question, data.train) for row in worded]
+    shown_known = [rows_to_show(tokenizer, *pair, config) for pair in zip(worded, near_known, strict=True)]
+    words = round(sorted(len(row.answer.split()) for row in data.train)[len(data.train) // 2], -1) or 10
+    in_tokens = [to_example(tokenizer, row) for row in worded]
+    own_words, longest = {e.row.id: e for e in train}, max(len(e.input_ids) - e.prompt_length for e in train)
     questions = EvalSet(
-        new=prompts_of_arms(tokenizer, data.test, found, data, config),
-        reworded=prompts_of_arms(tokenizer, [other for _, other, _ in known], found_known, data, config),
-        as_trained=[to_example(tokenizer, row) for row, _, _ in known],
+        new=prompts_of_arms(tokenizer, held_out, shown, words, config),
+        reworded=prompts_of_arms(tokenizer, in_tokens, shown_known, words, config),
+        as_trained=[own_words[row.id] for row in taken],
         asked=asked,
-        candidates=candidates_to_rank(held_out, groups, min(asked, RANKED[where]), config.seed),
+        candidates=candidates_to_rank(held_out, groups, min(asked, RANKED["gpu" if has_gpu() else "cpu"]), config.seed),
         validation=examples["eval"],
-        checked=[to_example(tokenizer, row) for row in checked],
+        checked=[to_example(tokenizer, other) for _, other, _ in checked],
         train_sample=sorted(train, key=lambda example: random_key(config.seed, example.row.id))[:asked],
         train_answers=[row.answer for row in data.train],
         max_new_tokens=config.max_new_tokens or math.ceil(1.25 * longest),
@@ -1918,25 +1948,32 @@ def make_eval_set(tokenizer: Tokenizer, data: Data, examples: dict[str, list[Exa
             for row, other, rule in known
         ],
     )
-    look_up(questions, data, found, found_known)
+    nearest_to_own = [nearest_rows(row.last_question, data.train, 1) for row in taken]
+    look_up(questions, near, near_known, nearest_to_own)
+    for record, rows in [*zip(questions.records, shown, strict=False), *zip(questions.known, shown_known, strict=True)]:
+        record["arms"] |= {arm: {"rows": [row.id for row in rows]} for arm in ("retrieved", "after_retrieved")}
     return questions
 
 
+def rows_to_show(tokenizer: Tokenizer, row: Row, near: list[Row], config: Config) -> list[Row]:
+    """The nearest rows, as many of three as fit with question and answer into --max-length: a GPU reads no further."""
+    for count in range(min(LOOKED_UP, len(near)), 0, -1):
+        prompt = with_rows(row.prompt, near[:count])
+        if len(to_example(tokenizer, dataclasses.replace(row, prompt=prompt)).input_ids) <= config.max_length:
+            return near[:count]
+    return []
+
+
 def prompts_of_arms(
-    tokenizer: Tokenizer, rows: list[Row], found: list[list[Row]], data: Data, config: Config
+    tokenizer: Tokenizer, plain: list[Example], shown: list[list[Row]], words: int, config: Config
 ) -> dict[str, list[Example]]:
-    """Rows as the arms read them: plain, told to be brief, and (those with `found`) after the rows found for them."""
-    words = round(float(sorted(len(row.answer.split()) for row in data.train)[len(data.train) // 2]), -1) or 10
-
-    def brief(row: Row) -> Row:
-        *turns, last = row.prompt
-        turn = last | {"content": last["content"] + BRIEF.format(words=int(words))}
-        return dataclasses.replace(row, prompt=(*turns, turn))
-
-    pairs = zip(rows, found, strict=False)
+    """Examples as the arms read them: plain, told to be brief, and the first ones after the rows that are shown."""
+    rows = [example.row for example in plain]
+    brief = [to_example(tokenizer, row.asking(row.last_question + BRIEF.format(words=words))) for row in rows]
+    fitting = [e if len(e.input_ids) <= config.max_length else own for e, own in zip(brief, plain, strict=True)]
+    pairs = zip(rows, shown, strict=False)
     after_rows = [dataclasses.replace(row, prompt=with_rows(row.prompt, near)) for row, near in pairs]
-    forms = {"plain": rows, "brief": [brief(row) for row in rows], "rows": after_rows}
-    return {form: [to_example(tokenizer, row) for row in some] for form, some in forms.items()}
+    return {"plain": plain, "brief": fitting, "rows": [to_example(tokenizer, row) for row in after_rows]}
 
 
 def candidates_to_rank(held_out: list[Example], groups: list[int], ranked: int, seed: int) -> list[list[Example]]:
@@ -1950,26 +1987,23 @@ def candidates_to_rank(held_out: list[Example], groups: list[int], ranked: int, 
     return candidates
 
 
-def look_up(questions: EvalSet, data: Data, found: list[list[Row]], found_known: list[list[Row]]) -> None:
-    """The arm that needs no model: the answer of the nearest training question, whichever group it is of."""
-    for record in questions.records[: questions.asked]:
-        answer = nearest_rows(record["question"], data.train, 1)[0]
-        record["arms"]["lookup"] = likeness(answer.answer, record["reference"]) | {"rows": [answer.id]}
-    for record, rows in zip(questions.known, found_known, strict=True):
-        own_words = nearest_rows(record["trained_question"], data.train, 1)[0]
-        for part, best in (("arms", rows[0]), ("as_trained", own_words)):
-            right = float(best.answer == record["reference"])
-            own = {"recall": right, "chrf": chrf(best.answer, record["reference"]), "answer": best.answer}
-            record[part]["lookup"] = own | {"rows": [best.id]}
-    for records, near in ((questions.records[: questions.asked], found), (questions.known, found_known)):
-        for record, rows in zip(records, near, strict=False):
-            for arm in ("retrieved", "after_retrieved"):
-                record["arms"][arm] = {"rows": [row.id for row in rows]}
+def look_up(
+    questions: EvalSet, near: list[list[Row]], near_known: list[list[Row]], as_trained: list[list[Row]]
+) -> None:
+    """The arm that needs no model: the answer of the nearest training question, whichever group it is of. The lists
+    hold for each question that is asked the rows nearest to it.
+    """
+    for record, rows in zip(questions.records, near, strict=False):
+        record["arms"]["lookup"] = likeness(rows[0].answer, record["reference"]) | {"rows": [rows[0].id]}
+    for part, found in (("arms", near_known), ("as_trained", as_trained)):
+        for record, rows in zip(questions.known, found, strict=True):
+            own = recall(rows[0].answer, record["reference"], questions.train_answers)
+            record[part]["lookup"] = own | {"rows": [rows[0].id]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Score: takes a model and what is asked, gives one record a question with the numbers of each arm. Greedy, for sampling
-# decides nothing; weights and random state stay as they were.
+# Score: takes a model and what is asked, adds the numbers of its arms to each question's record. General prompts
+# are answered here too. Greedy, for sampling decides nothing; weights and random state stay as they were.
 
 
 def likeness(answer: str, reference: str) -> dict[str, Any]:
@@ -1980,7 +2014,7 @@ def likeness(answer: str, reference: str) -> dict[str, Any]:
 
 def recall(answer: str, reference: str, train_answers: list[str]) -> dict[str, Any]:
     """Whether an answer is nearer (chrF) to the trained answer that is right than to any other."""
-    near = rapidfuzz.process.extract(answer, train_answers, scorer=rapidfuzz.fuzz.ratio, processor=None, limit=RIVALS)
+    near = rapidfuzz.process.extract(answer, train_answers, scorer=rapidfuzz.fuzz.ratio, limit=RIVALS)
     own = chrf(answer, reference)
     beaten = any(chrf(answer, other) > own for other, *_ in near if other != reference)
     return {"recall": float(own > 0 and not beaten), "chrf": own, "answer": answer}
@@ -1988,7 +2022,7 @@ def recall(answer: str, reference: str, train_answers: list[str]) -> dict[str, A
 
 def measure(model: Model, tokenizer: Tokenizer, questions: EvalSet, stage: str) -> float:
     """Add what one model scores to `questions`: stage "before" is the base, "after" the tuned model. Returns the mean
-    held-out loss of the arm that is called as the stage.
+    held-out loss of the arm of that name.
     """
     started, who = time.monotonic(), "the base" if stage == "before" else "the tuned model"
     asked = f"{len(questions.records)} new questions, {len(questions.known)} known ones in other words"
@@ -2005,20 +2039,23 @@ def measure(model: Model, tokenizer: Tokenizer, questions: EvalSet, stage: str) 
 
 
 def score_arm(model: Model, tokenizer: Tokenizer, questions: EvalSet, arm: str, form: str) -> None:
-    """Adds this arm to each record: nll to all new questions, the rest to those that are answered and ranked."""
-    examples, records, known = questions.new[form], questions.records, questions.known
-    if form != "rows" or has_gpu():  # rows make a prompt four times as long: on a CPU a minute for each arm
+    """Adds this arm to each record: loss to new questions, answers and their worth to those that are answered and to
+    known ones, ranking to the first. The loss after looked-up rows, prompts four times as long, is for GPUs only.
+    """
+    examples, records, known, asked = questions.new[form], questions.records, questions.known, questions.asked
+    if form != "rows" or has_gpu():
         for record, nll in zip(records, answer_nll(model, tokenizer, examples), strict=False):
             record["arms"].setdefault(arm, {})["nll"] = nll
     as_trained = questions.as_trained if form == "plain" else []
-    asked = examples[: questions.asked] + questions.reworded[form] + as_trained
-    answers, ended = greedy_answers(model, tokenizer, asked, questions.max_new_tokens)
-    for record, answer, end in zip(records[: questions.asked], answers, ended, strict=False):
-        record["arms"][arm] |= likeness(answer, record["reference"]) | {"eos_rate": float(end)}
-    for part, some in (("arms", answers[questions.asked :]), ("as_trained", answers[questions.asked + len(known) :])):
+    prompts = examples[:asked] + questions.reworded[form] + as_trained
+    answers, ended = greedy_answers(model, tokenizer, prompts, questions.max_new_tokens)
+    for record, answer, end in zip(records, answers[:asked], ended, strict=False):
+        found = likeness(answer, record["reference"]) | {"eos_rate": float(end)}
+        record["arms"].setdefault(arm, {}).update(found)
+    own = asked + len(known)
+    for part, some in (("arms", answers[asked:own]), ("as_trained", answers[own:])):
         for record, answer in zip(known, some, strict=False):
-            found = recall(answer, record["reference"], questions.train_answers)
-            record[part][arm] = record[part].get(arm, {}) | found
+            record[part].setdefault(arm, {}).update(recall(answer, record["reference"], questions.train_answers))
     if form == "plain":
         ranks = rank_answers(model, tokenizer, examples[: len(questions.candidates)], questions.candidates)
         for record, rank in zip(records, ranks, strict=False):
@@ -2026,8 +2063,8 @@ def score_arm(model: Model, tokenizer: Tokenizer, questions: EvalSet, arm: str, 
 
 
 def validate_epoch(model: Model, tokenizer: Tokenizer, questions: EvalSet, goal: str) -> dict[str, Any]:
-    """What choose_epoch() goes by: held-out loss of each row; for knowledge also recall on trained questions in other
-    words (none of those that the verdict asks), and chrF of answers to some of the held-out ones.
+    """One check, as choose_epoch() reads it: held-out loss of each row; for knowledge also recall on trained questions
+    in other words (none of those that the verdict asks), and chrF of answers to some of the held-out ones.
     """
     found = {"recall": None, "nll": answer_nll(model, tokenizer, questions.validation), "chrf": []}
     if goal == "knowledge":
@@ -2141,18 +2178,22 @@ def generate(model: Model, tokenizer: Tokenizer, prompts: list[list[int]], max_n
     own = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
     settings = transformers.GenerationConfig(do_sample=False, **own)
 
+    done = 0
+
     def answers(batch: list[int]) -> list[list[int]]:
+        nonlocal done
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]).to(model.device)
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]).to(model.device)
 
         def count(so_far: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # called after each token
-            what = f"token {so_far.shape[1] - width} of {max_new_tokens}, answers"
-            report_progress(what, int((so_far[:, width:] == eos).any(1).sum()), len(prompts))
+            share = (so_far.shape[1] - width) / max_new_tokens
+            report_progress("answers", done + int(len(batch) * share), len(prompts))
             return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)
 
         how = {"generation_config": settings, "stopping_criteria": transformers.StoppingCriteriaList([count])}
         out = model.generate(input_ids=ids, attention_mask=mask, **how)[:, width:].tolist()
+        done += len(batch)
         return [row[: row.index(eos) + 1] if eos in row else row for row in out]
 
     size = EVAL_BATCH["gpu" if has_gpu() else "cpu"]
@@ -2247,10 +2288,9 @@ def build_evaluation(questions: EvalSet, training: dict, config: Config) -> dict
     evaluation["ranking_chance"] = mean([1 / len(others) for others in questions.candidates])
     evaluation["questions"], evaluation["known"] = new, known
     evaluation["retention"], evaluation["memorization"] = kept_and_copied(questions, evaluation, answered)
-    plain = config.split_field or len({record["group"] for record in new}) < 2  # other rows chose, or nothing to halve
-    evaluation["nll_crossfit"] = (
-        evaluation["after"]["nll"] if plain else crossfit(training.get("epochs") or [], new, config.goal, seed)
-    )
+    chose = [example.row.id for example in questions.validation] == [record["id"] for record in new]
+    epochs = training.get("epochs") or [] if chose else []  # other rows chose: nothing to free the loss of
+    evaluation["nll_crossfit"] = crossfit(epochs, new, config.goal, seed)
     evaluation["power"] = {
         "questions": len(answered),
         "groups": len({record["group"] for record in answered}),
@@ -2310,8 +2350,8 @@ def resampled(values: list[float], groups: list[int], seed: int | list[int]) -> 
 
 
 def bootstrap(values: list[float], groups: list[int], seed: int) -> list[float]:
-    """[mean, low, high]: the 95% interval. `groups` may go on after the last value."""
-    low, high = np.percentile(resampled(values, groups[: len(values)], seed), [2.5, 97.5])
+    """[mean, low, high]: the 95% interval."""
+    low, high = np.percentile(resampled(values, groups, seed), [2.5, 97.5])
     return [float(np.mean(values)), float(low), float(high)]
 
 
@@ -2344,9 +2384,10 @@ def choose_epoch(epochs: list[dict], goal: str, rows: Iterable[int] | None = Non
 
 def crossfit(epochs: list[dict], records: list[dict], goal: str, seed: int) -> float:
     """The held-out loss, free of the choice of epoch: each half of the groups at the epoch that the other half chose.
-    Without a record of the epochs (an earlier version's run) the plain loss of the epoch that was kept.
+    Without a record of the epochs (an earlier version's run), or two groups, the plain loss of the one that was kept.
     """
-    if len(epochs) < 2 or len(epochs[0]["nll"]) != len(records):
+    groups = {record["group"] for record in records}
+    if len(epochs) < 2 or len(groups) < 2 or len(epochs[0]["nll"]) != len(records):
         return mean(paired(records, "nll", "after")[0])
     first_id: dict[int, str] = {}
     for record in records:
@@ -2361,13 +2402,15 @@ def crossfit(epochs: list[dict], records: list[dict], goal: str, seed: int) -> f
     return mean(losses)
 
 
-def power_of(groups: int) -> str:
-    """For --dry-run: what so many held-out questions that differ will be able to show."""
-    if groups < MIN_GROUPS:
-        return f"{groups} held-out questions that differ: too few for a verdict, which needs {MIN_GROUPS}"
-    chrf_change, loss = (POWER * spread / math.sqrt(groups) for spread in TYPICAL_SPREAD.values())
-    shown = f"a change of about {chrf_change:.1f} chrF or {loss:.2f} nats of loss"
-    return f"{groups} held-out questions that differ: enough to show {shown}, 80 times in 100"
+def power_of(answered: int, held_out: int | None = None) -> str:
+    """For --dry-run: what so many questions that differ will be able to show, answered and held out in all."""
+    held_out = held_out or answered
+    if answered < MIN_GROUPS:
+        return f"{answered} answered questions that differ: too few for a verdict, which needs {MIN_GROUPS}"
+    chrf_change = POWER * TYPICAL_SPREAD["chrf"] / math.sqrt(answered)
+    loss = POWER * TYPICAL_SPREAD["nll"] / math.sqrt(held_out)
+    who = f"{answered} answered questions that differ" + (f", {held_out} held out" if held_out > answered else "")
+    return f"{who}: enough to show a change of about {chrf_change:.1f} chrF or {loss:.2f} nats of loss, 80 times in 100"
 
 
 def too_few(evaluation: dict) -> str:
@@ -2616,6 +2659,18 @@ def make_run(config: Config, source: Source, tokenizer: Tokenizer, data: Data, f
     }
 
 
+def environment() -> dict:
+    packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "unsloth")
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
+    return {
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "gpu": torch.cuda.get_device_name() if has_gpu() else None,
+        "cpu": f"{cpu}, {os.cpu_count()} cores",
+    }
+
+
 def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: Path) -> None:
     """Write everything beside, then rename: adapters/NAME is complete from the moment it exists."""
     result = partial / "result"
@@ -2792,7 +2847,7 @@ def report_page(run: dict, name: str, review: dict | None = None) -> str:
     shown["command"] = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
     text = (HERE / "data/report.html.jinja").read_text(encoding="utf-8")
     shown |= {"blind": blind, "human": human}
-    return page.from_string(text).render(run=run, held_out_losses=held_out_losses(run), ways=WAYS, **shown)
+    return page.from_string(text).render(run=run, held_out_losses=held_out_losses(run), **shown)
 
 
 def in_todays_form(run: dict) -> dict:
@@ -2864,18 +2919,6 @@ def model_card(run: dict, name: str, review: dict | None = None) -> str:
     return page.from_string(text).render(run=run, **about)
 
 
-def environment() -> dict:
-    packages = ("torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "unsloth")
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        cpu = re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1] or cpu
-    return {
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "gpu": torch.cuda.get_device_name() if has_gpu() else None,
-        "cpu": f"{cpu}, {os.cpu_count()} cores",
-    }
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Screen: what a person sees. Only `console` reaches it; what libraries print goes to the log. Then paths and memory.
 
@@ -2940,7 +2983,7 @@ def show_data(config: Config, data: Data) -> None:
     groups = f", {data.groups} near-duplicate groups kept whole" if data.groups else ""
     share = len(data.eval) / (len(data.train) + len(data.eval))
     sides = f"{len(data.train)} train, {len(data.eval)} held out ({share:.0%})"
-    sides += f", {len(data.test)} test" if data.test is not data.eval else ""
+    sides += f", {len(data.test)} test" if data.test != data.eval else ""
     say("Data", f"{names}: {sum(file['rows'] for file in data.files)} rows{groups} -> {sides}")
     for note in data.notes:
         say("", f"note: {note}")

@@ -113,8 +113,10 @@ def made_up_training(data: finetune.Data) -> dict:
 
 def made_up_evaluation(data: finetune.Data) -> dict:
     records = made_up_records(data)
+    as_rows = [types.SimpleNamespace(row=types.SimpleNamespace(id=record["id"])) for record in records]
     questions = types.SimpleNamespace(
-        records=records, known=made_up_known(data), candidates=[[None] * 10] * RANKED, general=[None] * 60,
+        validation=as_rows, records=records, known=made_up_known(data),
+        candidates=[[None] * 10] * RANKED, general=[None] * 60,
         train_answers=[records[0]["arms"]["after"]["answer"]], seconds=81.3,
         losses={"before": {"train": 2.88, "general": 1.31}, "after": {"train": 1.9, "general": 1.34}},
     )  # fmt: skip

@@ -82,8 +82,10 @@ def made_up(
                 "reference": "b", "group": 1000 + n // rows_a_group, "arms": arms, "as_trained": trained,
             }
         )  # fmt: skip
+    as_rows = [types.SimpleNamespace(row=types.SimpleNamespace(id=record["id"])) for record in records]
     return types.SimpleNamespace(
-        records=records, known=asked, candidates=[[None] * 10] * ranked, general=[None] * 60, train_answers=["zzz"],
+        validation=as_rows, records=records, known=asked,
+        candidates=[[None] * 10] * ranked, general=[None] * 60, train_answers=["zzz"],
         losses={"before": {"train": 3.0, "general": 0.7}, "after": {"train": 0.2, "general": 0.8}}, seconds=12.34,
     )  # fmt: skip
 
@@ -410,9 +412,9 @@ def test_crossfit_where_there_is_nothing_to_cross(questions):
     plain = fmean(r["arms"]["after"]["nll"] for r in questions.records)
     epochs = [epoch(n, 0, [], [float(n)] * 40) for n in range(3)]
     style = types.SimpleNamespace(seed=42, split_field=None, goal="style")
-    split = types.SimpleNamespace(seed=42, split_field="fold", goal="style")
+    others = types.SimpleNamespace(**vars(questions) | {"validation": questions.validation[::-1]})  # other rows chose
     assert build_evaluation(questions, {"epochs": epochs}, style)["nll_crossfit"] == 1.0
-    assert build_evaluation(questions, {"epochs": epochs}, split)["nll_crossfit"] == pytest.approx(plain)
+    assert build_evaluation(others, {"epochs": epochs}, style)["nll_crossfit"] == pytest.approx(plain)
     assert build_evaluation(questions, {}, style)["nll_crossfit"] == pytest.approx(plain)
     short = [epoch(n, 0, [], [float(n)] * 39) for n in range(3)]  # not the rows that are reported on
     assert build_evaluation(questions, {"epochs": short}, style)["nll_crossfit"] == pytest.approx(plain)
