@@ -66,6 +66,7 @@ TOP = 3  # most likely tokens that /compare shows where two answers diverge
 PROBE = "What does this cover?"  # an adapter that changes no logit after this question has no effect
 NO_EFFECT = "has no effect: its logits are the base's"
 RETRIEVED, WITH_ROWS = "retrieved", "+rows"  # the base with looked-up rows in its prompt; what an adapter's name gets
+NO_ROOM = "the looked-up rows do not fit into the context"
 NEAR, SAME = 55, 70  # percent alike from which a question counts as near, as the same in other words
 NARROW = 38  # below this width, columns of /compare are shown one under the other
 KEPT = Path("data/kept.jsonl")  # where /keep collects rows
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: Options, out: TextIO, err: TextIO) -> None:
     """A chat if there is a terminal and no question, else a script."""
-    if options.review or options.votes:
+    if options.review is not None or options.votes:
         run_review(options, out)
         return
     source, adapters = choose_models(options)
@@ -195,6 +196,8 @@ def run_script(options: Options, source: Source, adapters: list[Adapter], out: T
                 err.write(f"chat.py: {clean(problem)}\n")
         messages = Conversation(readable(options.system or "")).messages(question)
         names = engine.that_fit(messages, engine.context - 1)
+        left_out = " and ".join(name for name in engine.models if name not in names)
+        err.write(f"chat.py: without {clean(left_out)}: {NO_ROOM}\n" if left_out else "")
         names = names if options.compare else names[1:2] or names[:1]  # the first adapter, else the base
         parameters = with_seed(options.parameters)
         for name in names:
@@ -598,10 +601,11 @@ def open_model(chat: Chat, name: str) -> str:
     problems = chat.engine.find_rows()
     if name in chat.engine.models:
         return name
-    if problems and (name == RETRIEVED or name.endswith(WITH_ROWS)):
-        raise BadInput(problems[0])
+    own = chat.engine.missing.get(name.removesuffix(WITH_ROWS))
+    for problem in problems if name == RETRIEVED else [own] if own else []:
+        raise BadInput(problem)
     hint = finetune.nearest(name, chat.known_models())
-    if hint and name not in finetune.adapters_on_disk() and not Path(name).expanduser().exists():
+    if hint and name not in finetune.adapters_on_disk() and not finetune.expand(Path(name)).exists():
         raise BadInput(f"no adapter {name}{hint}")
     adapter = read_adapter(finetune.find_adapter(name, "adapter"))
     for model in chat.engine.models.values():
@@ -644,7 +648,9 @@ def cmd_score(chat: Chat, rest: str) -> None:
         raise BadInput("/score TEXT: what would be the answer?")
     turn = chat.last_turn()
     messages = chat.conversation.messages(turn.question, upto=-1)
-    scores = {name: chat.engine.score(messages, rest, name, chat.parameters.strength) for name in chat.engine.models}
+    room = chat.engine.context - chat.engine.count([{"role": "user", "content": rest}], BASE)
+    names = models_that_fit(chat, messages, room)
+    scores = {name: chat.engine.score(messages, rest, name, chat.parameters.strength) for name in names}
     chat.note(f"As the answer to: {' '.join(turn.question.split())[:100]}")
     rows = [(clean(n), f"{mean:.3f}", f"{math.exp(min(-mean, 700)):.2f}", str(k)) for n, (mean, k) in scores.items()]
     heads = [{"header": head, "justify": "right"} for head in ("mean log-probability", "perplexity", "tokens")]
@@ -747,10 +753,8 @@ def cmd_compare(chat: Chat, rest: str) -> None:
 
 def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: Sequence[str] = ()) -> dict[str, Answer]:
     """All answers, shown as they come; or of the models that are to stay hidden. BadInput: fewer than two have text."""
-    names = chat.engine.that_fit(chat.conversation.messages(question, upto=0), chat.room)
-    if left_out := " and ".join(name for name in chat.engine.models if name not in names):
-        chat.note(f"Without {left_out}: the looked-up rows do not fit into the context", "yellow")
-    names = [name for name in names if name in (hidden or names)]
+    question_alone = chat.conversation.messages(question, upto=0)
+    names = models_that_fit(chat, question_alone, chat.room, hidden)
     if len(names) < 2:
         raise BadInput("there is nothing to compare the base with: /adapter NAME loads an adapter")
     messages = chat.fit_messages(question, names, upto)
@@ -774,6 +778,15 @@ def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: Sequenc
     chat.last = answers.get(chat.model_name, next(iter(answers.values())))
     chat.compared = question, answers
     return answers
+
+
+def models_that_fit(chat: Chat, messages: list[dict], room: int, wanted: Sequence[str] = ()) -> list[str]:
+    """Of the `wanted` models, else of all, those for whose prompt there is room; says which are left out."""
+    names, fit = chat.engine.models, chat.engine.that_fit(messages, room)
+    names = [name for name in names if name in (wanted or names)]
+    if left_out := " and ".join(name for name in names if name not in fit):
+        chat.note(f"Without {left_out}: {NO_ROOM}", "yellow")
+    return [name for name in names if name in fit]
 
 
 def show_comparison(chat: Chat, answers: dict[str, Answer], heads: Iterable[str] = ()) -> None:
@@ -1165,7 +1178,7 @@ class Conversation:
                 for reply in replies:
                     reply.model, reply.text = readable(reply.model), readable(reply.text)
                 turns.append(Turn(readable(turn["question"]), replies, turn.get("chosen", 0)))
-                if turns[-1].chosen not in range(len(replies)):
+                if type(turns[-1].chosen) is not int or turns[-1].chosen not in range(len(replies)):
                     raise KeyError("chosen")
             except (KeyError, TypeError, AttributeError):
                 raise BadInput(f"{where}: turn {number} is not as /save writes it: {TURN_FORMAT}") from None
@@ -1259,16 +1272,19 @@ class Adapter:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.path.absolute().name  # of ".", too
 
     @property
     def summary(self) -> str:
         """One line on what training did to it, as far as run.json knows."""
-        verdict = self.part("evaluation", "verdict").get("label")
-        losses = [self.part("evaluation", arm).get("nll") for arm in ("before", "after")]
-        measured = all(isinstance(loss, float) for loss in losses)
-        change = "held-out loss {:.2f} -> {:.2f}".format(*losses) if measured else ""
-        return clean(": ".join(str(part) for part in (verdict, change) if part))
+        verdict, arms = self.part("evaluation", "verdict"), ("before", "after")
+        told = f"{verdict.get('label') or ''}{', at a cost' if verdict.get('cost') else ''}"
+        knows = [self.part("evaluation", arm, "reworded").get("recall") for arm in arms]
+        losses = [self.part("evaluation", arm).get("nll") for arm in arms]  # all that 0.1.0 measured
+        for form, pair in (("recall {:.0%} -> {:.0%}", knows), ("held-out loss {:.2f} -> {:.2f}", losses)):
+            if all(isinstance(value, float) for value in pair):
+                return clean(f"{told}: {form.format(*pair)}".removeprefix(": "))
+        return clean(told)
 
     @property
     def files(self) -> list[dict]:
@@ -1297,19 +1313,19 @@ def read_adapter(path: Path) -> Adapter:
     return Adapter(path, str(trained_on), run)
 
 
-def sound_adapters() -> list[Adapter]:
-    """Those on the disk, newest first. What is broken is named and left out."""
-    adapters = []
+def sound_adapters() -> Iterator[Adapter]:
+    """Those on the disk, newest first, one after the other. What is broken is named and left out."""
     for name in finetune.adapters_on_disk():
         try:
             adapter = read_adapter(finetune.find_adapter(name, "adapter"))
             # Reads the header, and sees if the file is whole.
             with safetensors.safe_open(adapter.path / "adapter_model.safetensors", "np"):
-                adapters.append(adapter)
+                sound = adapter
         except (BadInput, safetensors.SafetensorError, OSError) as error:
             problem = str(error) if isinstance(error, BadInput) else f"adapter {name}: is damaged: {brief(error)}"
             finetune.console.print(Text(f"chat.py: left out: {clean(problem)}"), soft_wrap=True)
-    return adapters
+        else:
+            yield sound
 
 
 def choose_models(options: Options) -> tuple[Source, list[Adapter]]:
@@ -1317,8 +1333,9 @@ def choose_models(options: Options) -> tuple[Source, list[Adapter]]:
     named = [read_adapter(finetune.find_adapter(name, "--adapter")) for name in options.adapter]
     if options.model:
         source = finetune.find_model(options.model, gpu=False)
-        return source, named or [adapter for adapter in sound_adapters() if adapter.base == source.id][:1]
-    adapters = named or sound_adapters()[:1]
+        fitting = (adapter for adapter in sound_adapters() if adapter.base == source.id)
+        return source, named or list(itertools.islice(fitting, 1))
+    adapters = named or list(itertools.islice(sound_adapters(), 1))
     if not adapters:
         finetune.guard_torchvision()
         return finetune.find_model(None, finetune.has_gpu()), []
@@ -1351,17 +1368,21 @@ def nearest_question(adapter: Adapter, question: str) -> tuple[finetune.Row, flo
 
 
 def trained_rows(adapter: Adapter) -> tuple[list[finetune.Row], str]:
-    """The rows that an adapter was trained on, in training's order; if there are none, how to have them here."""
+    """The rows that an adapter was trained on, in training's order; if any is missing, how to have it here."""
     there, ids = {row.id: row for row in adapter.rows_at_hand()}, adapter.part("data").get("train_ids")
-    rows = [there[name] for name in map(str, ids if isinstance(ids, list) else ()) if name in there]
+    ids = list(map(str, ids)) if isinstance(ids, list) else []
+    rows = [there[name] for name in ids if name in there]
+    if rows and len(rows) == len(ids):
+        return rows, ""
     files = " and ".join(str(file.get("path")) for file in adapter.files)
     fix = f"put {files} back as it was" if files else "its run.json, as finetune.py writes it, would name them"
-    return rows, "" if rows else f"No looked-up rows: those that taught {adapter.name} are not at hand; {fix}"
+    gone = f"{len(ids) - len(rows)} of {len(ids)} rows" if rows else "No looked-up rows: those"
+    return rows, f"{gone} that taught {adapter.name} are not at hand; {fix}"
 
 
 def rows_of_file(file: Any, config: dict) -> list[finetune.Row]:
     """The rows of one data file of a run; none if the file is gone or no longer readable."""
-    with contextlib.suppress(BadInput, KeyError, TypeError, OSError, RuntimeError):
+    with contextlib.suppress(BadInput, KeyError, TypeError, AttributeError, OSError, RuntimeError):
         paths = [Path(file["path"]).expanduser(), finetune.HERE / file["path"]]
         for path in filter(Path.is_file, paths):
             return finetune.read_rows(path, config.get("question_field"), config.get("answer_field"))
@@ -1539,8 +1560,8 @@ def make_table(rows: Iterable[Iterable], columns: Iterable[dict] = (), **more: A
     table = Table(**{"box": None, "padding": (0, 2, 0, 0), "pad_edge": False, "show_header": False} | more)
     for column in columns:
         table.add_column(**column)
-    for row in rows:
-        table.add_row(*row)
+    for row in rows:  # rich would take brackets in a string for its markup
+        table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
     return table
 
 
@@ -1725,6 +1746,7 @@ class Engine:
         self.runs_ahead = self.network.device.type == "cuda"
         self.active: tuple[str | None, float] = (None, 1.0)  # the adapter that PEFT has switched on, and its strength
         self.models: dict[str, ChatModel] = {}
+        self.missing: dict[str, str] = {}  # adapter's name -> which of its training rows are not at hand
         self.add_model(ChatModel(self, BASE, None, finetune.load_tokenizer(source.folder, source.id)))
         for adapter in adapters:
             self.load_adapter(adapter)
@@ -1781,15 +1803,14 @@ class Engine:
         self.activate(None)
 
     def find_rows(self) -> list[str]:
-        """Put `retrieved` and NAME+rows beside the others where rows are at hand; returns why they are not."""
-        problems, adapters = [], [model for model in self.models.values() if model.adapter and not model.rows]
+        """Put `retrieved` and NAME+rows beside the others where rows are at hand; returns which are not."""
+        adapters = [model for model in self.models.values() if model.adapter and not model.rows]
         for model in (model for model in adapters if model.name + WITH_ROWS not in self.models):
-            rows, problem = trained_rows(model.adapter)
-            problems += [problem] if problem else []
+            rows, self.missing[model.name] = trained_rows(model.adapter)
             for name, like in ((RETRIEVED, self.models[BASE]), (model.name + WITH_ROWS, model)) if rows else ():
                 new = ChatModel(self, name, like.key, like.tokenizer, model.adapter, rows=rows)
                 self.models.setdefault(name, new)
-        return problems
+        return [problem for problem in self.missing.values() if problem]
 
     def that_fit(self, messages: list[dict], room: int) -> list[str]:
         """All models but those in whose prompt looked-up rows have no room."""

@@ -148,7 +148,7 @@ class Config:
     eval_questions: Annotated[int | None, Ge(1)] = None  # New ones to answer, known ones at most. GPU 200, CPU 60.
     max_new_tokens: Annotated[int | None, Ge(1)] = None  # Default: 1.25 times the longest training answer.
     require_improvement: bool = False  # Exit with 3 unless the verdict is "helped".
-    seed: int = 42  # Of split, LoRA initialization, order of rows and dropout.
+    seed: Annotated[int, Ge(0)] = 42  # Of split, LoRA initialization, order of rows and dropout.
     # machine
     max_vram: Annotated[float | None, Gt(0)] = None  # GiB of GPU memory this run may take.
     fp16: bool = False  # fp16 even where the GPU has bf16.
@@ -320,7 +320,7 @@ def dry_run(config: Config) -> None:
     rows = one_epoch(examples["train"], replay, config)
     plan = make_plan(config, source.config, rows, free_memory(config))
     show_example(tokenizer, min(examples["train"], key=lambda example: len(example.input_ids)))
-    show_lengths(examples["train"] + examples["eval"])
+    show_lengths([*{example.row.id: example for side in examples.values() for example in side}.values()])
     show_plan(plan, config)
     parts = ", ".join(f"{part} {gib:.2f}" for part, gib in plan.memory.items())
     say("Memory", f"{parts}: {plan.total:.2f} GiB in all")
@@ -1868,6 +1868,7 @@ def last_checkpoint(partial: Path) -> Path | None:
 # arm is one way of answering: the base, the base told to be brief, a search, the base with what a search finds, the
 # tuned model without and with that. No model here.
 
+EVAL_TOKENS = 65_536  # that a batch of answers may come to: their keys and values are 3 GiB of SmolLM2's on a CPU
 EVAL_BATCH = {"gpu": 32, "cpu": 64}  # prompts at a time; 32 of a 7B take 2.3 GiB, and half as many if that fails
 GENERAL_TOKENS = REPLAY_TOKENS = 40  # of the base's own answers to general prompts, measured and trained on
 EVAL_QUESTIONS = {"gpu": 200, "cpu": 60}  # new ones, answered at most; the loss is measured on all held-out ones
@@ -2196,8 +2197,8 @@ def generate(model: Model, tokenizer: Tokenizer, prompts: list[list[int]], max_n
         done += len(batch)
         return [row[: row.index(eos) + 1] if eos in row else row for row in out]
 
-    size = EVAL_BATCH["gpu" if has_gpu() else "cpu"]
-    return in_batches(model, [len(prompt) for prompt in prompts], answers, "answers", rows=size)
+    size, lengths = EVAL_BATCH["gpu" if has_gpu() else "cpu"], [len(prompt) + max_new_tokens for prompt in prompts]
+    return in_batches(model, lengths, answers, "answers", rows=size, tokens=EVAL_TOKENS)
 
 
 def greedy_answers(
@@ -2785,7 +2786,7 @@ def blind_questions(run: dict) -> dict:
         answer = (record["arms"].get(arm) or {}).get("answer")
         return harmless(answer).strip() if isinstance(answer, str) else None
 
-    records, questions = (run.get("evaluation") or {}).get("questions") or [], []
+    records, questions = (in_todays_form(run).get("evaluation") or {}).get("questions") or [], []
     arms = [arm for arm in JUDGED if any(text_of(record, arm) is not None for record in records)]
     for record in records if "after" in arms and len(arms) > 1 else ():
         same: dict[str | None, list[str]] = {}
@@ -2829,7 +2830,9 @@ def human_part(run: dict, name: str, review: dict | None) -> dict:
     result = (review or {}).get("result") or {}
     where = (run.get("config") or {}).get("output_dir") or name
     where = where if Path(where).name == name else name  # it was moved
-    part = {"command": harmless(f"python chat.py --review {shlex.quote(str(where))}"), "result": result}
+    command = f"python chat.py --review {shlex.quote(str(where))}"
+    part = {"command": harmless(command), "result": result}
+    part["take_in"] = harmless(f"{command} --votes {shlex.quote(f'votes-{name}.json')}")
     return part | {"sentence": human_sentence(result) if result.get("judged") else ""}
 
 
@@ -2975,6 +2978,8 @@ def working(text: str) -> Iterator[None]:
 def report_progress(what: str, done: int, total: int) -> None:
     """How far the work is that the moving line names: "answers 12 of 32"."""
     for bar, task in bars[-1:]:
+        if done < bar.tasks[0].completed:  # the next part of the work goes at a pace of its own
+            bar.reset(task)
         bar.update(task, completed=done, total=total or None, done=f"{what} {done} of {total}")
 
 

@@ -97,7 +97,7 @@ def make_world(config: finetune.Config, args: argparse.Namespace) -> types.Simpl
         known=[finetune.to_example(tokenizer, row) for row in known],  # all in other words, then all as trained
         general=answered("general_prompts.json", args.prompts, finetune.GENERAL_TOKENS),
         replay=answered("replay_prompts.json", args.prompts, min(100, args.max_new_tokens)),
-        max_new=min(args.max_new_tokens, math.ceil(1.2 * longest)),
+        max_new=min(args.max_new_tokens, math.ceil(1.25 * longest)),
     )  # fmt: skip
 
 
@@ -303,7 +303,8 @@ def rows_of(run, world: types.SimpleNamespace) -> Iterator[list[Example]]:
     prompts, end = world.replay[: run.prompts], math.ceil(epochs) * round(config.replay_fraction * len(train))
     cut = [dataclasses.replace(e, input_ids=e.input_ids[: e.prompt_length + run.tokens]) for e in prompts]
     replay = list(itertools.islice(itertools.cycle(cut), end))
-    plan = types.SimpleNamespace(updates=run.updates, micro_batch_size=4, gradient_accumulation_steps=1)
+    per_epoch = math.ceil(run.updates / math.ceil(epochs))
+    plan = types.SimpleNamespace(updates=run.updates, batch=4, updates_per_epoch=per_epoch)
     rows = finetune.training_rows(world.tokenizer, train, replay, plan, config)
     return itertools.cycle([rows[n : n + 4] for n in range(0, len(rows), 4)])
 

@@ -248,9 +248,7 @@ def test_one_problem_of_many_rows_is_one_line(tmp_path):
     path.write_text(json.dumps([{"question": "a", "answer": ""}] * 25), encoding="utf-8")
     with pytest.raises(BadInput) as caught:
         finetune.read_rows(path)
-    assert str(caught.value) == (
-        f"{path}, row 1 and 24 more (row 2, row 3, row 4, row 5, ...): 'answer' is empty"
-    )
+    assert str(caught.value) == (f"{path}, row 1 and 24 more (row 2, row 3, row 4, row 5, ...): 'answer' is empty")
 
 
 @pytest.mark.parametrize("ending", [".xlsx", ".parquet"])

@@ -272,7 +272,7 @@ def test_page_shows_the_numbers_of_the_run(run, data):
     power, known = evaluation["power"], evaluation["after"]["reworded"]["recall"]
     assert f"{ASKED} answered questions" in page and f"a true change of {power['chrf']:.1f} chrF" in page
     assert f"the loss after is {evaluation['nll_crossfit']:.2f} instead of {evaluation['after']['nll']:.2f}" in page
-    assert f"{known:.0%}" in page and "the first note" in page and "which knew most known questions" in page
+    assert f"{known:.0%}" in page and "the first note" in page and "chosen by what it knew in other words" in page
     order = ("Helped", "What to do:", "In numbers:", "Change, base to tuned", "New questions", "Known questions in")
     places = [page.index(words) for words in order]
     assert places == sorted(places)

@@ -83,7 +83,7 @@ def test_screen_shows_the_report_and_nothing_else(finished):
     _, done = finished
     assert done.stderr == ""
     labels = [line.split()[0] for line in done.stdout.splitlines() if line[:1].isalpha()]
-    expected = ["Data", "Model", "LoRA", "Before", "Replay", "Plan"]
+    expected = ["Data", "Model", "Before", "Replay", "LoRA", "Time", "Plan"]
     expected += ["After", "New", "Training", "Known", "Reference", "Base", "Tuned", "New", "Reference", "Base", "Tuned"]
     expected += ["Verdict", "Advice", "Saved"]
     assert [label for label in labels if label in expected] == expected
@@ -239,9 +239,7 @@ def interrupted(tiny_model, tmp_path_factory):
 
     said = {"whole": done("whole")}
     partial = cwd / "broken.partial"
-    process = subprocess.Popen(
-        [*command, "broken"], cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([*command, "broken"], cwd=cwd, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not finetune.last_checkpoint(partial) and time.monotonic() < deadline:
         time.sleep(0.02)
