@@ -108,15 +108,15 @@ def test_names_every_format_that_is_read():
 # Running it
 
 
-def wheel_of_a_newer_torch(folder: Path) -> str:
-    """Something that pip would replace this machine's torch by. Returns its version; there is nothing in it."""
-    version = importlib.metadata.version("torch").partition("+")[0] + ".post1"
-    with zipfile.ZipFile(folder / f"torch-{version}-py3-none-any.whl", "w") as wheel:
-        inside = f"torch-{version}.dist-info"
-        wheel.writestr(f"{inside}/METADATA", f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
-        wheel.writestr(f"{inside}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{inside}/RECORD", "")
-    return version
+def newer_wheels(folder: Path) -> None:
+    """What pip would replace this machine's torch and torchvision by. There is nothing in them."""
+    for name in ("torch", "torchvision"):
+        version = importlib.metadata.version(name).partition("+")[0] + ".post1"
+        inside = f"{name}-{version}.dist-info"
+        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"{inside}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            wheel.writestr(f"{inside}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{inside}/RECORD", "")
 
 
 @pytest.fixture
@@ -135,6 +135,7 @@ def colab(tmp_path):
         "PIP_DRY_RUN": "1",
         "PIP_REPORT": str(tmp_path / "pip.json"),
         "PIP_UPGRADE": "1",
+        "PIP_UPGRADE_STRATEGY": "eager",
         "PIP_NO_INDEX": "1",
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_FIND_LINKS": str(tmp_path / "wheels"),
@@ -184,14 +185,14 @@ def sheet(path: Path, count: int) -> Path:
 
 def test_runs_from_top_to_bottom_with_an_uploaded_sheet(colab, embedded, tmp_path):
     """The model is the default without a GPU."""
-    torch = wheel_of_a_newer_torch(tmp_path / "wheels")
+    newer_wheels(tmp_path / "wheels")
     copy_code(tmp_path / "content")
     drive, question = tmp_path / "drive/My FAQ", """What's a "deductible", in $?"""
     fields = {"FOLDER": str(drive), "MORE_FLAGS": SHORT, "RUN": "first try", "QUESTION": question, "LONGEST": 8}
     printed = colab(upload=sheet(tmp_path / "faq.xlsx", 40), **fields)
 
     report = json.loads((tmp_path / "pip.json").read_text())
-    assert report["install"] == [], f"pip would replace this machine's torch by {torch}"
+    assert report["install"] == [], "pip would replace this machine's torch"
     here = (tmp_path / "content/installed-torch.txt").read_text().splitlines()
     assert f"torch=={importlib.metadata.version('torch')}" in here
 
