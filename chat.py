@@ -99,6 +99,7 @@ class Options:
     review: str | None = None  # Judge this adapter's saved answers blind, beside the base's: no model is loaded.
     votes: Path | None = None  # With --review: take in the votes that the page's blind mode has saved.
     num_ctx: Annotated[int, Ge(64)] = 4096  # Context in tokens, at most what the model can.
+    version: bool = False  # Print the version and leave.
     parameters: tyro.conf.OmitArgPrefixes[Parameters] = dataclasses.field(default_factory=Parameters)
     given: tyro.conf.Suppress[tuple[str, ...]] = ()  # names of the parameters that stand on the command line
 
@@ -106,6 +107,9 @@ class Options:
 def parse_options(argv: list[str] | None = None) -> Options:
     flags = (tyro.conf.FlagCreatePairsOff,)
     options = tyro.cli(Options, args=argv, prog="chat.py", description=__doc__, config=flags)
+    if options.version:
+        print(f"chat.py {finetune.__version__}")
+        raise SystemExit(0)
     for problem in finetune.check_bounds(options):
         raise BadInput(problem)
     for name, value in dataclasses.asdict(options.parameters).items():
@@ -2342,3 +2346,15 @@ def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: 
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+# What `uv run chat.py` installs: requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.8,<2.14", "unsloth>=2026.10.7", "transformers>=5.5,<6", "bitsandbytes>=0.50,<1", "peft>=0.19,<1",
+#     "trl>=1.13,<1.14", "datasets>=4,<5", "accelerate>=1.10,<2", "prompt_toolkit>=3.0.50,<4", "gguf>=0.17,<1",
+#     "openpyxl>=3.1,<4", "pyarrow>=17", "ftfy>=6.2,<7", "rapidfuzz>=3.10,<4", "sacrebleu>=2.5,<3", "jinja2>=3.1,<4",
+#     "annotated-types>=0.7,<1", "tyro>=1,<2", "rich>=14,<16", "matplotlib>=3.9,<4", "pyyaml>=6,<7", "psutil>=6",
+# ]
+# ///

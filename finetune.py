@@ -86,6 +86,7 @@ parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
 pre_tokenizers, peft_optimizers = Lazy("tokenizers.pre_tokenizers"), Lazy("peft.optimizers")
 tqdm, resource = Lazy("tqdm.auto"), Lazy("resource")
 
+__version__ = "0.1.0"  # the newest in CHANGELOG.md
 GPU_MODEL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"  # NF4 already: 4.1 GB to fetch instead of 14.5, and not gated
 PREQUANTIZED = {"mistralai/Mistral-7B-Instruct-v0.2": GPU_MODEL}
 EMBEDDED = "SmolLM2-135M-Instruct"  # the default without a GPU; comes from the package index, as any dependency does
@@ -153,6 +154,7 @@ class Config:
     max_vram: Annotated[float | None, Gt(0)] = None  # GiB of GPU memory this run may take.
     fp16: bool = False  # fp16 even where the GPU has bf16.
     report_to: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
+    version: bool = False  # Print the version and leave.
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -160,6 +162,9 @@ def parse(argv: list[str] | None = None) -> Config:
     options = {"prog": "finetune.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
     argv = [clean(word) for word in (sys.argv[1:] if argv is None else argv)]
     config, from_files = tyro.cli(Config, args=argv, **options), []
+    if config.version:
+        print(f"finetune.py {__version__}")
+        raise SystemExit(0)
     if config.evaluate:
         folder = find_run(config.evaluate)
         argv += ["--evaluate", str(folder)]
@@ -2636,7 +2641,8 @@ def config_as_json(config: Config) -> dict:
     """What was chosen, without home paths, as it is read back by --config."""
     values = vars(config) | {"data": [without_home(path) for path in config.data]}
     values |= {key: without_home(values[key]) for key in ("model", "output_dir") if values[key]}
-    kept = {key: value for key, value in values.items() if key not in ("config", "resume", "dry_run", "evaluate")}
+    left_out = ("config", "resume", "dry_run", "evaluate", "version")
+    kept = {key: value for key, value in values.items() if key not in left_out}
     return json.loads(json.dumps(kept))  # tuples as lists
 
 
@@ -3201,3 +3207,15 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
+
+
+# What `uv run finetune.py` installs: requirements.txt.
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.8,<2.14", "unsloth>=2026.10.7", "transformers>=5.5,<6", "bitsandbytes>=0.50,<1", "peft>=0.19,<1",
+#     "trl>=1.13,<1.14", "datasets>=4,<5", "accelerate>=1.10,<2", "prompt_toolkit>=3.0.50,<4", "gguf>=0.17,<1",
+#     "openpyxl>=3.1,<4", "pyarrow>=17", "ftfy>=6.2,<7", "rapidfuzz>=3.10,<4", "sacrebleu>=2.5,<3", "jinja2>=3.1,<4",
+#     "annotated-types>=0.7,<1", "tyro>=1,<2", "rich>=14,<16", "matplotlib>=3.9,<4", "pyyaml>=6,<7", "psutil>=6",
+# ]
+# ///

@@ -1,9 +1,15 @@
 """Flags, --config and --help, through the real command line."""
 
 import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
 
 import pytest
 import yaml
+from conftest import ROOT
 
 import finetune
 
@@ -88,3 +94,28 @@ def test_bad_config_files(content, expected, run, tmp_path):
     (tmp_path / "my.yaml").write_text(content)
     done = run("--config", "my.yaml")
     assert done.returncode == 2 and expected in done.stderr + done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "chat.py"])
+def test_version_is_the_changelogs_and_needs_no_torch(script, tmp_path):
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    [version, *_] = re.findall(r"(?m)^## (\d+\.\d+\.\d+)", changes)
+    for name in ("torch", "transformers", "unsloth"):
+        (tmp_path / f"{name}.py").write_text("raise SystemError('imported')")
+    command, env = [sys.executable, str(ROOT / script), "--version"], os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{script} {version}\n", "")
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "chat.py"])
+def test_uv_installs_what_the_requirements_say(script):
+    """The block in the script, found as PEP 723 finds it, names what requirements.txt names."""
+    text = (ROOT / script).read_text(encoding="utf-8")
+    [block] = re.finditer(r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$", text)
+    lines = (line[2:] if line.startswith("# ") else line[1:] for line in block["content"].splitlines(keepends=True))
+    metadata = tomllib.loads("".join(lines))
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = [line.partition(" #")[0].strip() for line in lines if line and not line.startswith("#")]
+    assert block["type"] == "script" and metadata["dependencies"] == wanted and len(wanted) > 20
+    oldest = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]["target-version"]  # py311
+    assert metadata["requires-python"].replace(".", "") == oldest.replace("py", ">=")
