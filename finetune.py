@@ -84,7 +84,7 @@ trainer_callback, safetensors_torch = Lazy("transformers.trainer_callback"), Laz
 benchmark = Lazy("torch.utils.benchmark")
 parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
 pre_tokenizers, peft_optimizers = Lazy("tokenizers.pre_tokenizers"), Lazy("peft.optimizers")
-tqdm, resource = Lazy("tqdm.auto"), Lazy("resource")
+tqdm, resource, hub_errors = map(Lazy, ("tqdm.auto", "resource", "huggingface_hub.errors"))
 
 __version__ = "0.1.0"  # the newest in CHANGELOG.md
 GPU_MODEL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"  # NF4 already: 4.1 GB to fetch instead of 14.5, and not gated
@@ -93,6 +93,7 @@ EMBEDDED = "SmolLM2-135M-Instruct"  # the default without a GPU; comes from the 
 PUBLIC_NAME = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct", GPU_MODEL: "mistralai/Mistral-7B-Instruct-v0.2"}
 HERE = Path(__file__).parent
 SAMPLE = Path("data/faq_sample.json")
+LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 GIB = 2**30
 # Under these environment variables libraries say less.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1"}
@@ -124,6 +125,9 @@ class Config:
     dry_run: bool = False  # Check the data, show split, one masked example, steps, memory and time; write nothing.
     resume: bool = False  # Go on from the last checkpoint of this output folder.
     evaluate: Path | None = None  # Measure this saved adapter again, on the questions its own run held out.
+    push: Path | None = None  # Upload this saved adapter to --push-to-hub as it lies there, and do nothing else.
+    push_to_hub: str | None = None  # Upload the adapter to this private repository, owner/name, when the run is saved.
+    push_questions: bool = False  # With report.html and run.json, which hold your questions' text.
     # LoRA
     lora_r: Annotated[int, Ge(1)] = 16  # Rank.
     lora_alpha: Annotated[int, Ge(1)] = 32  # Scale: the update counts lora_alpha / lora_r.
@@ -181,6 +185,9 @@ def parse(argv: list[str] | None = None) -> Config:
         "--question-field and --answer-field go together": bool(config.question_field) == bool(config.answer_field),
         "--evaluate cannot be combined with --dry-run": not (config.evaluate and config.dry_run),
         "--evaluate cannot be combined with --resume": not (config.evaluate and config.resume),
+        "--push needs --push-to-hub owner/name, and goes with no other job": not config.push
+        or (config.push_to_hub and not (config.dry_run or config.evaluate or config.resume)),
+        "--evaluate uploads nothing: name the adapter with --push": not (config.evaluate and config.push_to_hub),
         f"--report-to {tracker}: pip install {tracker} first": tracker == "none" or importlib.util.find_spec(tracker),
     }
     if problems := check_bounds(config) + [rule for rule, fine in rules.items() if not fine]:
@@ -290,6 +297,8 @@ def run_evaluation(config: Config | None = None) -> dict:
     say("Verdict", evaluation["verdict"]["sentence"])
     say("Advice", evaluation["advice"]["sentence"])
     say("Saved", f"{output}   see report.html   talk to it: python chat.py")
+    if config.push_to_hub and (evaluation["verdict"]["label"] == "helped" or not config.require_improvement):
+        push(output, config)
     return run | {"output_dir": output}
 
 
@@ -352,6 +361,7 @@ def check_input(
             os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
             importlib.import_module("unsloth")  # patches transformers, trl and peft, so it comes before them
         guard_torchvision()
+    check_push(config.push_to_hub)
     source = find_model(config.model, has_gpu())
     config = fill_defaults(config, source)
     tokenizer = load_tokenizer(source.folder, source.id)
@@ -2641,7 +2651,7 @@ def config_as_json(config: Config) -> dict:
     """What was chosen, without home paths, as it is read back by --config."""
     values = vars(config) | {"data": [without_home(path) for path in config.data]}
     values |= {key: without_home(values[key]) for key in ("model", "output_dir") if values[key]}
-    left_out = ("config", "resume", "dry_run", "evaluate", "version")
+    left_out = ("config", "resume", "dry_run", "evaluate", "push", "push_to_hub", "push_questions", "version")
     kept = {key: value for key, value in values.items() if key not in left_out}
     return json.loads(json.dumps(kept))  # tuples as lists
 
@@ -2929,6 +2939,71 @@ def model_card(run: dict, name: str, review: dict | None = None) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Share: takes a saved run to the Hugging Face hub. Nothing leaves this machine that was not asked for, no token gets
+# into a file.
+
+# What the adapter needs, its card and its curve; nothing else that may lie in the folder.
+PUSHED = (
+    "adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "chat_template.jinja", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+)  # fmt: skip
+WITH_QUESTIONS = ("report.html", "run.json")
+
+
+def check_push(name: str | None) -> None:
+    """What can be wrong with --push-to-hub, before the work begins instead of at its end. Raises BadInput."""
+    if name is None:
+        return
+    owner, fault = name.partition("/")[0], ""
+    try:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise hub_errors.HFValidationError
+        person = huggingface_hub.whoami()
+        token = (person.get("auth") or {}).get("accessToken") or {}
+        if owner not in (person["name"], *(group["name"] for group in person.get("orgs") or [])):
+            fault = f"the login is that of {person['name']}, who is not {owner} and in no organization of that name"
+        elif token.get("role") == "read":
+            fault = f"the token may only read; {LOGIN}"
+        elif not huggingface_hub.model_info(name).private:
+            fault = "is public; make it private on its hub page first, or name another"
+    except hub_errors.RepositoryNotFoundError:
+        pass  # push() will create it
+    except hub_errors.HFValidationError:
+        fault = "must be owner/name, in letters, digits, '-', '_' and '.'"
+    except hub_errors.LocalTokenNotFoundError:
+        fault = f"nobody is logged in to the hub; {LOGIN}"
+    except Exception as error:  # no network, proxies, time-outs, refusals; the text of some holds the token
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        fault = f"the hub cannot be asked ({f'status {status}' if status else type(error).__name__})"
+        fault = f"the hub does not know the token; {LOGIN}" if status == 401 else fault
+    if fault:
+        raise BadInput(f"--push-to-hub {name}: {fault}")
+
+
+def push(folder: Path, config: Config) -> None:
+    """--push-to-hub: upload a saved run. It is whole on the disk, and stays so, whatever happens here."""
+    name, files = config.push_to_hub, [*PUSHED, *(WITH_QUESTIONS if config.push_questions else ())]
+    message = {"commit_message": f"Upload by finetune.py {__version__}"}
+    try:
+        with working(f"Uploading to {name}"):
+            url = huggingface_hub.create_repo(name, private=True, exist_ok=True)
+            huggingface_hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, **message)
+    except Exception as error:
+        flags = ["--push", str(folder), "--push-to-hub", name, *(["--push-questions"] * config.push_questions)]
+        error.add_note(f"{folder} is complete, only the upload is not. Again: python finetune.py {shlex.join(flags)}")
+        raise
+    stayed = f"; {' and '.join(WITH_QUESTIONS)} hold your questions' text and stayed here (--push-questions)"
+    say("Pushed", f"{url}, private{'' if config.push_questions else stayed}")
+
+
+def push_adapter(config: Config) -> None:
+    """--push: the upload alone, of an adapter that was saved before."""
+    folder = find_adapter(config.push, "--push")
+    check_push(config.push_to_hub)
+    push(folder, config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Screen: what a person sees. Only `console` reaches it; what libraries print goes to the log. Then paths and memory.
 
 library_log: TextIO | None = None  # where file descriptors 1 and 2 go while own_screen() is open
@@ -3184,7 +3259,8 @@ def main(argv: list[str] | None = None) -> int:
         handle, log = tempfile.mkstemp(prefix="finetune-", suffix=".log")
         os.close(handle)
         with own_screen(Path(log)):
-            job = dry_run if config.dry_run else evaluate_adapter if config.evaluate else run_evaluation
+            jobs = {dry_run: config.dry_run, evaluate_adapter: config.evaluate, push_adapter: config.push}
+            job = next((job for job, wanted in jobs.items() if wanted), run_evaluation)
             run = job(config)
         if config.require_improvement and run and run["evaluation"]["verdict"]["label"] != "helped":
             code = 3

@@ -27,6 +27,8 @@ BAD_FLAGS = {
     "one field of two": (["--question-field", "q"], "go together"),
     "memory": (["--max-vram", "-1"], "--max-vram"),
     "missing tracker": (["--report-to", "trackio"], "pip install trackio"),
+    "push of nothing": (["--push", "x"], "--push needs --push-to-hub"),
+    "push and another job": (["--push", "x", "--push-to-hub", "me/x", "--dry-run"], "goes with no other job"),
     "config file": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "nothing to resume": (["--resume"], "no unfinished run"),
     "output exists": (["--output-dir", "."], "already exists"),
