@@ -7,6 +7,7 @@
     python finetune.py --resume                       go on after Ctrl-C, a crash or a lost Colab session
     python finetune.py --config adapters/X/run.json   the same run again (a YAML file works too; flags win)
     python finetune.py --evaluate adapters/X          measure a saved adapter again
+    python finetune.py --push X --push-to-hub me/x    upload a saved adapter to the Hugging Face hub, privately
 
 With a CUDA GPU this trains Mistral-7B-Instruct-v0.2 in 4 bits through Unsloth; without one, SmolLM2-135M.
 The job is run_evaluation(), below the flags. After it comes one section for each of its steps.
@@ -84,6 +85,7 @@ trainer_callback, safetensors_torch = Lazy("transformers.trainer_callback"), Laz
 benchmark = Lazy("torch.utils.benchmark")
 parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
 pre_tokenizers, peft_optimizers = Lazy("tokenizers.pre_tokenizers"), Lazy("peft.optimizers")
+wandb, trackio, tensorboard = map(Lazy, ("wandb", "trackio", "torch.utils.tensorboard"))
 tqdm, resource, hub_errors = map(Lazy, ("tqdm.auto", "resource", "huggingface_hub.errors"))
 
 __version__ = "0.1.0"  # the newest in CHANGELOG.md
@@ -93,7 +95,6 @@ EMBEDDED = "SmolLM2-135M-Instruct"  # the default without a GPU; comes from the 
 PUBLIC_NAME = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct", GPU_MODEL: "mistralai/Mistral-7B-Instruct-v0.2"}
 HERE = Path(__file__).parent
 SAMPLE = Path("data/faq_sample.json")
-LOGIN = "set HF_TOKEN to a token that may write, or run `hf auth login`"
 GIB = 2**30
 # Under these environment variables libraries say less.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1"}
@@ -157,7 +158,7 @@ class Config:
     # machine
     max_vram: Annotated[float | None, Gt(0)] = None  # GiB of GPU memory this run may take.
     fp16: bool = False  # fp16 even where the GPU has bf16.
-    report_to: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
+    report_to: Literal["none", "wandb", "tensorboard", "trackio"] = "none"  # wandb: offline, unless it has an API key.
     version: bool = False  # Print the version and leave.
 
 
@@ -188,6 +189,8 @@ def parse(argv: list[str] | None = None) -> Config:
         "--push needs --push-to-hub owner/name, and goes with no other job": not config.push
         or (config.push_to_hub and not (config.dry_run or config.evaluate or config.resume)),
         "--evaluate uploads nothing: name the adapter with --push": not (config.evaluate and config.push_to_hub),
+        "--push-to-hub must be owner/name, in letters, digits, '-', '_' and '.'": not config.push_to_hub
+        or re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", config.push_to_hub),
         f"--report-to {tracker}: pip install {tracker} first": tracker == "none" or importlib.util.find_spec(tracker),
     }
     if problems := check_bounds(config) + [rule for rule, fine in rules.items() if not fine]:
@@ -262,6 +265,7 @@ def run_evaluation(config: Config | None = None) -> dict:
     made = make_folder(partial, config, data)
     try:
         # 2. Load the base in 4 bits.
+        tracker = Tracker(config, output.name)
         model = load_model(source, config)
         # 3. Measure it on new questions and on known ones in other words: as it is, told to be brief, with looked-up
         #    rows in its prompt. `questions` collects what comes of it, and what a search alone answers.
@@ -279,7 +283,7 @@ def run_evaluation(config: Config | None = None) -> dict:
         model = add_lora(model, config, source)
         show_time(config, source, rows, plan)
         validate = functools.partial(validate_epoch, model, tokenizer, questions, config.goal)
-        training, plan = train(model, tokenizer, rows, validate, plan, config, partial)
+        training, plan = train(model, tokenizer, rows, validate, plan, config, partial, track=tracker.log)
         # 6. Measure again, on the same questions, without and with looked-up rows.
         after = measure(model, tokenizer, questions, "after")
         stopped = f"; stopped early at {training['steps']}" if training["stopped_early"] else ""
@@ -294,11 +298,14 @@ def run_evaluation(config: Config | None = None) -> dict:
         remove_traces(partial, made)
         raise
     show_result(run)
+    tracker.finish(run)
     say("Verdict", evaluation["verdict"]["sentence"])
     say("Advice", evaluation["advice"]["sentence"])
     say("Saved", f"{output}   see report.html   talk to it: python chat.py")
     if config.push_to_hub and (evaluation["verdict"]["label"] == "helped" or not config.require_improvement):
         push(output, config)
+    elif config.push_to_hub:
+        say("Pushed", "nothing: --require-improvement, and the verdict is not that it helped")
     return run | {"output_dir": output}
 
 
@@ -1644,10 +1651,11 @@ def training_rows(
 
 def train(
     model: Model, tokenizer: Tokenizer, rows: list[Example], validate: Callable[[], dict], plan: Plan, config: Config,
-    partial: Path, callbacks: tuple = (),
+    partial: Path, callbacks: tuple = (), track: Callable = lambda entry: None,
 ) -> tuple[dict, Plan]:  # fmt: skip
     """Train until rows or patience are used up, or somebody stops it (KeyboardInterrupt, checkpoint saved). `rows` come
-    from training_rows(); `validate` is validate_epoch(), which says how good the model is now.
+    from training_rows(); `validate` is validate_epoch(), which says how good the model is now; `track` takes what is
+    logged of an update, of a resumed run from the first on.
 
     Returns the `training` part of run.json and the plan that was kept to in the end.
     """
@@ -1657,7 +1665,9 @@ def train(
         state = state.load_from_json(str(checkpoint / "trainer_state.json"))
     before = state.stateful_callbacks.get("Monitor", {}).get("attributes", {})
     plan = dataclasses.replace(plan, optim=before.get("optim", plan.optim))
-    monitor = make_monitor(rows, plan, config, before)
+    monitor = make_monitor(rows, plan, config, before, track)
+    for entry in sorted([*state.log_history, *monitor.epochs], key=operator.itemgetter("step")):
+        track(entry)
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     while not patience_is_over(monitor.epochs, config):
@@ -1745,7 +1755,7 @@ def make_trainer(
             self.optimizer = peft_optimizers.create_loraplus_optimizer(model, kind, **own, **settings)
             return self.optimizer
 
-    same = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "report_to", "seed")
+    same = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
     # TRL's other loss reads the head's own weight and refuses a head that LoRA wraps.
     loss = "nll" if "lm_head" in config.target_modules else "chunked_nll"
     args = trl.SFTConfig(
@@ -1758,7 +1768,7 @@ def make_trainer(
         max_length=config.max_length if gpu else None, completion_only_loss=True, loss_type=loss,
         output_dir=str(partial), save_strategy="epoch", save_total_limit=2,  # the last and the best
         metric_for_best_model="eval_best", greater_is_better=True,
-        logging_steps=1, disable_tqdm=True, data_seed=config.seed, dataset_num_proc=None,
+        logging_steps=1, report_to="none", disable_tqdm=True, data_seed=config.seed, dataset_num_proc=None,
     )  # fmt: skip
     if gpu:  # Unsloth's trainer goes by this and not by its arguments
         model._unsloth_gradient_checkpointing = plan.gradient_checkpointing
@@ -1788,11 +1798,10 @@ def like_lengths(collate: Callable[[list[dict]], dict], pad_token_id: int, multi
     return lambda rows: collate([lengthened(row) for row in sorted(rows, key=lambda row: len(row["input_ids"]))])
 
 
-def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict):
-    """The trainer's callback: the clock, progress, when to evaluate and to save, Ctrl-C and SIGTERM.
+def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, track: Callable[[dict], None]):
+    """The trainer's callback: the clock, progress, tracking, when to evaluate and to save, Ctrl-C and SIGTERM.
 
-    What a resumed run must know of it (`before`: seconds so far, optimizer, epochs) is saved in each checkpoint's
-    trainer_state.json.
+    What a resumed run must know of it (`before`: seconds, optimizer, epochs) is saved in each trainer_state.json.
     """
     epochs = math.ceil(plan.updates / plan.updates_per_epoch)
     every = plan.updates_per_epoch * (math.ceil(epochs / CHECKS) if config.goal == "knowledge" else 1)
@@ -1824,6 +1833,7 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict):
             control.should_evaluate = control.should_save = False  # the trainer's epoch is the whole training
 
         def on_evaluate(self, args, state, control, **_):
+            track(self.epochs[-1])
             control.should_training_stop |= patience_is_over(self.epochs, config)
             if state.global_step:
                 line = f"{'':10}update {state.global_step:>4}/{state.max_steps}  {self.status(state)}"
@@ -1833,6 +1843,7 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict):
             self.last_save = time.monotonic()
 
         def on_log(self, args, state, control, **_):
+            track(state.log_history[-1])
             if state.global_step:
                 report_progress(f"{self.status(state)}  update", state.global_step, state.max_steps)
 
@@ -2939,60 +2950,104 @@ def model_card(run: dict, name: str, review: dict | None = None) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Share: takes a saved run to the Hugging Face hub. Nothing leaves this machine that was not asked for, no token gets
-# into a file.
+# Share: takes a run's numbers to a tracker, its files to the Hugging Face hub. Nothing leaves this machine that was not
+# asked for, no token gets into a file, and no question's text goes anywhere but with --push-questions.
 
-# What the adapter needs, its card and its curve; nothing else that may lie in the folder.
-PUSHED = (
-    "adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "chat_template.jinja", "tokenizer*",
-    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-)  # fmt: skip
-WITH_QUESTIONS = ("report.html", "run.json")
+PROJECT = "faq-finetune"  # its name in wandb and trackio
+# What is tracked at an update. Not by the trainer: its steps differ from tracker to tracker, its settings hold paths.
+TRACKED = {"loss": "train/loss", "grad_norm": "train/grad_norm", "learning_rate": "train/learning_rate"}
+TRACKED |= {"nll": "eval/loss", "recall": "eval/recall", "chrf": "eval/chrf"}
+# What is pushed, whatever else lies in the folder; then what --push-questions adds.
+PUSHED = ["adapter_config.json", "adapter_model.safetensors", "README.md", "loss.png", "chat_template.jinja"]
+PUSHED += ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"]
+WITH_QUESTIONS = ["report.html", "run.json"]
+
+
+class Tracker:
+    """--report-to: settings, curves, final numbers, verdict and advice, the same in each. It never asks for a login."""
+
+    def __init__(self, config: Config, name: str):
+        self.kind, about = config.report_to, {"name": name, "config": config_as_json(config)}
+        try:
+            if self.kind == "tensorboard":
+                self.command = "tensorboard --logdir runs"
+                self.run = tensorboard.SummaryWriter(f"runs/{name}", purge_step=0, flush_secs=5)  # purge: of a run resumed
+                self.run.add_text("config", json_text(about["config"]))
+            elif self.kind == "trackio":  # embed: in Colab it would open a page for everybody
+                self.run = trackio.init(PROJECT, private=True, embed=False, **about)
+                self.command = f"trackio show --project {PROJECT}"
+            elif self.kind == "wandb":
+                os.environ.setdefault("WANDB_MODE", "online" if os.environ.get("WANDB_API_KEY") else "offline")
+                os.environ.setdefault("WANDB_PROJECT", PROJECT)
+                quiet = {"console": "off", "silent": True, "x_disable_meta": True, "finish_timeout": 120}
+                self.run = wandb.init(reinit="finish_previous", settings=quiet, **about)
+                self.command = f"wandb sync {Path(self.run.dir).parent}" if self.run.offline else self.run.url
+        except Exception as error:  # each has its own kinds
+            raise BadInput(f"--report-to {self.kind}: it does not start: {brief(error)}") from None
+
+    def log(self, entry: dict) -> None:
+        """An entry of the trainer's log, or a check of train()."""
+        found = {name: entry[key] for key, name in TRACKED.items() if entry.get(key) not in (None, [])}
+        means = {name: mean(value) if isinstance(value, list) else value for name, value in found.items()}
+        self.write(means, entry["step"])
+
+    def write(self, values: dict[str, float | str], step: int) -> None:
+        if self.kind in ("wandb", "trackio") and values:
+            self.run.log(values, step=step)
+        elif self.kind == "tensorboard":
+            for name, value in values.items():
+                (self.run.add_text if isinstance(value, str) else self.run.add_scalar)(name, value, step)
+
+    def finish(self, run: dict) -> None:
+        """The last values, at the last update: of each arm, on new questions and on known ones in other words."""
+        evaluation = run["evaluation"]
+        values = {part: evaluation[part]["sentence"] for part in ("verdict", "advice")}
+        for arm in ARMS:
+            numbers = evaluation[arm] | {f"reworded/{key}": value for key, value in evaluation[arm]["reworded"].items()}
+            values |= {f"{arm}/{key}": value for key, value in numbers.items() if isinstance(value, (int, float))}
+        self.write(values, run["training"]["steps"])
+        if self.kind != "none":
+            (self.run.close if self.kind == "tensorboard" else self.run.finish)()
+            say("Tracked", f"by {self.kind}: {self.command}")
 
 
 def check_push(name: str | None) -> None:
     """What can be wrong with --push-to-hub, before the work begins instead of at its end. Raises BadInput."""
-    if name is None:
-        return
-    owner, fault = name.partition("/")[0], ""
+    login, fault = "set HF_TOKEN to a token that may write, or run `hf auth login`", ""
     try:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise hub_errors.HFValidationError
-        person = huggingface_hub.whoami()
+        person = huggingface_hub.whoami() if name else None
+        if not person:
+            return
         token = (person.get("auth") or {}).get("accessToken") or {}
-        if owner not in (person["name"], *(group["name"] for group in person.get("orgs") or [])):
-            fault = f"the login is that of {person['name']}, who is not {owner} and in no organization of that name"
+        if name.split("/")[0] not in (person["name"], *(group["name"] for group in person.get("orgs") or [])):
+            fault = f"the login is that of {person['name']}, who is in no organization of that name"
         elif token.get("role") == "read":
-            fault = f"the token may only read; {LOGIN}"
+            fault = f"the token may only read; {login}"
         elif not huggingface_hub.model_info(name).private:
             fault = "is public; make it private on its hub page first, or name another"
     except hub_errors.RepositoryNotFoundError:
         pass  # push() will create it
-    except hub_errors.HFValidationError:
-        fault = "must be owner/name, in letters, digits, '-', '_' and '.'"
     except hub_errors.LocalTokenNotFoundError:
-        fault = f"nobody is logged in to the hub; {LOGIN}"
+        fault = f"nobody is logged in to the hub; {login}"
     except Exception as error:  # no network, proxies, time-outs, refusals; the text of some holds the token
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        fault = f"the hub cannot be asked ({f'status {status}' if status else type(error).__name__})"
-        fault = f"the hub does not know the token; {LOGIN}" if status == 401 else fault
+        status = getattr(getattr(error, "response", None), "status_code", type(error).__name__)
+        fault = f"the hub cannot be asked, or does not know the token ({status}); {login}"
     if fault:
         raise BadInput(f"--push-to-hub {name}: {fault}")
 
 
 def push(folder: Path, config: Config) -> None:
     """--push-to-hub: upload a saved run. It is whole on the disk, and stays so, whatever happens here."""
-    name, files = config.push_to_hub, [*PUSHED, *(WITH_QUESTIONS if config.push_questions else ())]
-    message = {"commit_message": f"Upload by finetune.py {__version__}"}
+    name, files = config.push_to_hub, PUSHED + WITH_QUESTIONS * config.push_questions
     try:
         with working(f"Uploading to {name}"):
             url = huggingface_hub.create_repo(name, private=True, exist_ok=True)
-            huggingface_hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files, **message)
+            huggingface_hub.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files)
     except Exception as error:
-        flags = ["--push", str(folder), "--push-to-hub", name, *(["--push-questions"] * config.push_questions)]
+        flags = ["--push", str(folder), "--push-to-hub", name, *["--push-questions"] * config.push_questions]
         error.add_note(f"{folder} is complete, only the upload is not. Again: python finetune.py {shlex.join(flags)}")
         raise
-    stayed = f"; {' and '.join(WITH_QUESTIONS)} hold your questions' text and stayed here (--push-questions)"
+    stayed = "; report.html and run.json hold your questions' text and stayed here (--push-questions)"
     say("Pushed", f"{url}, private{'' if config.push_questions else stayed}")
 
 

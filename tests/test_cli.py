@@ -26,7 +26,6 @@ BAD_FLAGS = {
     "eval fraction": (["--eval-fraction", "0.9"], "--eval-fraction"),
     "one field of two": (["--question-field", "q"], "go together"),
     "memory": (["--max-vram", "-1"], "--max-vram"),
-    "missing tracker": (["--report-to", "trackio"], "pip install trackio"),
     "push of nothing": (["--push", "x"], "--push needs --push-to-hub"),
     "push and another job": (["--push", "x", "--push-to-hub", "me/x", "--dry-run"], "goes with no other job"),
     "config file": (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -41,6 +40,12 @@ def test_bad_flags(case, run, faq, tmp_path):
     done = run("--data", faq, *flags)
     assert done.returncode == 2 and expected in done.stderr + done.stdout, done.stderr
     assert "Traceback" not in done.stderr and set(tmp_path.iterdir()) == {faq}
+
+
+def test_a_tracker_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)  # as if it were not
+    with pytest.raises(finetune.BadInput, match="--report-to trackio: pip install trackio first"):
+        finetune.parse(["--report-to", "trackio"])
 
 
 def test_several_faults_are_told_at_once(run):

@@ -42,7 +42,7 @@ def trained(config, examples, tiny, tmp_path_factory):
     tokenizer = finetune.load_tokenizer(tiny.folder)
     shape, batch = tiny.config, config.effective_batch_size
 
-    def call(micro, checkpointing=False, callbacks=(), optim=finetune.ADAMW, partial=None, **changes):
+    def call(micro, checkpointing=False, callbacks=(), optim=finetune.ADAMW, partial=None, tracked=None, **changes):
         own = dataclasses.replace(config, **changes)
         model = finetune.add_lora(finetune.load_model(tiny, own), own, tiny)
         plan = dataclasses.replace(
@@ -59,7 +59,8 @@ def trained(config, examples, tiny, tmp_path_factory):
         def validate() -> dict:
             return {"recall": None, "nll": finetune.answer_nll(model, tokenizer, examples["eval"]), "chrf": []}
 
-        training, kept = finetune.train(model, tokenizer, trained, validate, plan, own, partial, callbacks)
+        track = [].append if tracked is None else tracked.append
+        training, kept = finetune.train(model, tokenizer, trained, validate, plan, own, partial, callbacks, track)
         weights = {name: weight.clone() for name, weight in model.state_dict().items() if "lora_" in name}
         return training, kept, weights
 
@@ -151,6 +152,26 @@ def test_a_resumed_run_keeps_the_optimizer_that_it_began_with(first, then, numbe
     _, plan, resumed = trained(1, True, optim=then, partial=partial, lora_r=rank, resume=True)
     assert plan.optim == first
     assert agree(trained(1, True, optim=first, lora_r=rank)[2], resumed, 1e-6)
+
+
+def test_a_tracker_hears_all_of_a_resumed_run(trained, tmp_path):
+    """It may be another than the one that heard the beginning; updates that ran out of memory are told once."""
+    whole, begun, resumed, out_of_memory = [], [], [], []
+    trained(1, True, partial=tmp_path / "whole", tracked=whole)
+    with pytest.raises(KeyboardInterrupt):
+        trained(1, True, callbacks=(stop_at(2, signal.SIGINT),), partial=tmp_path / "x", tracked=begun)
+    trained(1, True, partial=tmp_path / "x", resume=True, tracked=resumed)
+    trained(3, callbacks=(OutOfMemoryOnce(2).callback,), tracked=out_of_memory)
+
+    def numbers(entries: list[dict]) -> list[dict]:
+        kept = [{key: value for key, value in entry.items() if key in ("step", *finetune.TRACKED)} for entry in entries]
+        return [entry for entry in kept if len(entry) > 1]
+
+    assert len(numbers(begun)) < len(numbers(whole))
+    for entries, tolerance in ((resumed, 1e-6), (out_of_memory, 1e-3)):
+        assert len(numbers(entries)) == len(numbers(whole)) > 5
+        for entry, other in zip(numbers(entries), numbers(whole), strict=True):
+            assert entry == {key: pytest.approx(value, rel=tolerance, abs=tolerance) for key, value in other.items()}
 
 
 def test_each_lower_plan_needs_less_and_the_optimizer_changes_last_and_only_at_the_start():

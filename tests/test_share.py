@@ -1,16 +1,22 @@
-"""--push-to-hub: the real client against a hub of our own on loopback."""
+"""--push-to-hub: the real client, a hub of our own on loopback. --report-to: read back from each tracker's files."""
 
 import base64
 import hashlib
+import importlib.util
 import json
 import shlex
+import sqlite3
+import struct
 import threading
+from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import rows
+
+import finetune
 
 TOKENS = {"hf_" + "w" * 34: "write", "hf_" + "r" * 34: "read"}  # as the hub gives them, and what they may do
 WRITE, READ = TOKENS
@@ -185,6 +191,7 @@ def test_a_run_is_pushed_and_again_by_the_command_that_a_failed_push_names(
 def test_what_did_not_help_is_not_pushed_where_help_is_required(run, hub, logged_in, faq, tiny_model):
     done = run("--data", faq, "--model", tiny_model, *TRAIN, "--require-improvement", **logged_in)
     assert done.returncode == 3, done.stderr
+    assert "Pushed    nothing: --require-improvement" in done.stdout
     assert [call for call, _ in hub.sent if not call.startswith("GET")] == []
 
 
@@ -206,11 +213,11 @@ REFUSED = {  # what is wrong -> (name, token, the hub's answer to whoami, what i
     "no owner": ("faq", WRITE, 200, "must be owner/name"),
     "bad name": ("me/a..b", WRITE, 200, "must be owner/name"),
     "no login": ("me/faq", "", 200, "nobody is logged in to the hub; set HF_TOKEN"),
-    "wrong token": ("me/faq", "hf_wrong", 200, "the hub does not know the token"),
+    "wrong token": ("me/faq", "hf_wrong", 200, "the hub cannot be asked, or does not know the token (401)"),
     "may only read": ("me/faq", READ, 200, "the token may only read"),
-    "another's": ("you/faq", WRITE, 200, "the login is that of me, who is not you"),
+    "another's": ("you/faq", WRITE, 200, "the login is that of me, who is in no organization of that name"),
     "public": ("me/public", WRITE, 200, "is public; make it private"),
-    "no answer": ("me/faq", WRITE, 418, "the hub cannot be asked (status 418)"),
+    "no answer": ("me/faq", WRITE, 418, "the hub cannot be asked, or does not know the token (418)"),
 }
 
 
@@ -219,11 +226,114 @@ def test_what_can_be_wrong_with_a_push(case, run, hub, logged_in, saved):
     name, token, hub.status["whoami-v2"], said = REFUSED[case]
     hub.repos["me/public"] = {"private": False, "files": {}}
     done = run("--push", "mine", "--push-to-hub", name, **logged_in | {"HF_TOKEN": token})
-    assert done.returncode == 2 and f"--push-to-hub {name}: {said}" in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("finetune.py: --push-to-hub "), done.stderr
+    assert said in done.stderr
     assert not [call for call, _ in hub.sent if not call.startswith("GET")]
     assert not token or token not in done.stderr
 
 
 def test_no_hub_at_all(run, logged_in, saved):
     done = run("--push", "mine", "--push-to-hub", "me/faq", **logged_in | {"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert done.returncode == 2 and "the hub cannot be asked (ConnectError)" in done.stderr, done.stderr
+    assert (
+        done.returncode == 2 and "the hub cannot be asked, or does not know the token (ConnectError)" in done.stderr
+    ), done.stderr
+
+
+def from_tensorboard(folder: Path) -> tuple[dict, dict, dict]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "runs/mine"), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    numbers = {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+    texts = {
+        tag.removesuffix("/text_summary"): {e.step: e.tensor_proto.string_val[0].decode() for e in events.Tensors(tag)}
+        for tag in events.Tags()["tensors"]
+    }
+    [config] = texts.pop("config").values()
+    return json.loads(config), numbers, texts
+
+
+def from_wandb(folder: Path) -> tuple[dict, dict, dict]:
+    """An offline run is a file: seven bytes of header, then records as LevelDB's log cuts them, in blocks of 32 KiB."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [path] = folder.glob("wandb/offline-run-*/run-*.wandb")
+    data, place, records, parts = path.read_bytes(), 7, [], b""
+    assert data[:4] == b":W&B"
+    while place + 7 <= len(data):
+        if (left := 32768 - place % 32768) < 7:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            records.append(Record.FromString(parts))
+            parts = b""
+    [start] = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    config = {item.key: json.loads(item.value_json) for item in start.config.update if item.key != "_wandb"}
+    found = defaultdict(dict)
+    for record in records:
+        if record.WhichOneof("record_type") == "history":
+            for item in record.history.item:
+                name = item.key or "/".join(item.nested_key)
+                if not name.startswith("_"):
+                    found[name][record.history.step.num] = json.loads(item.value_json)
+    return config, *numbers_and_texts(found)
+
+
+def from_trackio(folder: Path) -> tuple[dict, dict, dict]:
+    found = defaultdict(dict)
+    with sqlite3.connect(folder / "trackio/faq-finetune.db") as database:
+        [(config,)] = database.execute("select config from configs where run_name = 'mine'").fetchall()
+        for step, metrics in database.execute("select step, metrics from metrics where run_name = 'mine'"):
+            for name, value in json.loads(metrics).items():
+                found[name][step] = value
+    config = {key: value for key, value in json.loads(config).items() if not key.startswith("_")}
+    return config, *numbers_and_texts(found)
+
+
+def numbers_and_texts(found: dict) -> tuple[dict, dict]:
+    texts = {name: steps for name, steps in found.items() if any(isinstance(value, str) for value in steps.values())}
+    return {name: steps for name, steps in found.items() if name not in texts}, texts
+
+
+READERS = {"tensorboard": from_tensorboard, "wandb": from_wandb, "trackio": from_trackio}
+
+
+@pytest.mark.parametrize("tracker", READERS)
+def test_trackers_hold_the_same_names_and_steps(tracker, run, faq, tiny_model, tmp_path):
+    if not importlib.util.find_spec(tracker):
+        pytest.skip(f"{tracker} is not installed")
+    secret = "wb" + "k" * 40
+    env = {"HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_MODE": "offline"}
+    flags = ("--max-steps", 3, "--max-new-tokens", 4, "--lora-r", 4, "--output-dir", tmp_path / "adapters/mine")
+    env |= {"WANDB_API_KEY": secret, "HF_TOKEN": "", "HF_HUB_OFFLINE": "1"}
+    done = run("--data", faq, "--model", tiny_model, *flags, "--report-to", tracker, **env)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert f"Tracked   by {tracker}: " in done.stdout
+    config, numbers, texts = READERS[tracker](tmp_path)
+
+    result = json.loads((tmp_path / "adapters/mine/run.json").read_text())
+    training, evaluation = result["training"], result["evaluation"]
+    assert config == result["config"] and config["data"] == ["~/faq.json"]
+    assert texts == {part: {3: evaluation[part]["sentence"]} for part in ("verdict", "advice")}
+    log = {entry["step"]: entry for entry in training["log"]}
+    wanted = {f"train/{name}": {n: log[n][name] for n in (1, 2, 3)} for name in ("loss", "learning_rate")}
+    for name, key in (("loss", "nll"), ("recall", "recall"), ("chrf", "chrf")):
+        checks = {epoch["step"]: epoch[key] for epoch in training["epochs"]}
+        wanted[f"eval/{name}"] = {n: finetune.mean(v) if isinstance(v, list) else v for n, v in checks.items()}
+    for arm in finetune.ARMS:
+        wanted |= {f"{arm}/{name}": {3: value} for name, value in evaluation[arm].items() if isinstance(value, float)}
+        wanted |= {f"{arm}/reworded/{name}": {3: value} for name, value in evaluation[arm]["reworded"].items()}
+    assert numbers.pop("train/grad_norm").keys() == {1, 2, 3}
+    assert numbers == {name: pytest.approx(steps, rel=1e-5, abs=1e-7) for name, steps in wanted.items()}
+    assert {"before/nll", "after/reworded/recall", "lookup/chrf", "eval/loss"} <= numbers.keys()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
+
+
+def test_a_tracker_that_does_not_start_stops_the_run_before_training(run, faq, tiny_model, tmp_path):
+    (tmp_path / "runs").write_text("a file where the tracker wants a folder")
+    pytest.importorskip("tensorboard")
+    done = run("--data", faq, "--model", tiny_model, "--report-to", "tensorboard")
+    assert done.returncode == 2 and "--report-to tensorboard: it does not start" in done.stderr, done.stderr
+    assert not (tmp_path / "adapters").exists()
