@@ -2971,7 +2971,7 @@ class Tracker:
         try:
             if self.kind == "tensorboard":
                 self.command = "tensorboard --logdir runs"
-                self.run = tensorboard.SummaryWriter(f"runs/{name}", purge_step=0, flush_secs=5)  # purge: of a run resumed
+                self.run = tensorboard.SummaryWriter(f"runs/{name}", purge_step=0, flush_secs=5)  # 0: anew on --resume
                 self.run.add_text("config", json_text(about["config"]))
             elif self.kind == "trackio":  # embed: in Colab it would open a page for everybody
                 self.run = trackio.init(PROJECT, private=True, embed=False, **about)
