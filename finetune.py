@@ -7,6 +7,7 @@
     python finetune.py --resume                       go on after Ctrl-C, a crash or a lost Colab session
     python finetune.py --config adapters/X/run.json   the same run again (a YAML file works too; flags win)
     python finetune.py --evaluate adapters/X          measure a saved adapter again
+    python finetune.py --export adapters/X            take it to Ollama or llama.cpp, and measure what arrives there
     python finetune.py --push X --push-to-hub me/x    upload a saved adapter to the Hugging Face hub, privately
 
 With a CUDA GPU this trains Mistral-7B-Instruct-v0.2 in 4 bits through Unsloth; without one, SmolLM2-135M.
@@ -46,6 +47,8 @@ import traceback
 import types
 import typing
 import unicodedata
+import urllib.error
+import urllib.request
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -87,6 +90,7 @@ parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
 pre_tokenizers, peft_optimizers = Lazy("tokenizers.pre_tokenizers"), Lazy("peft.optimizers")
 wandb, trackio, tensorboard = map(Lazy, ("wandb", "trackio", "torch.utils.tensorboard"))
 tqdm, resource, hub_errors = map(Lazy, ("tqdm.auto", "resource", "huggingface_hub.errors"))
+xllamacpp = Lazy("xllamacpp")
 
 __version__ = "0.1.0"  # the newest in CHANGELOG.md
 GPU_MODEL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"  # NF4 already: 4.1 GB to fetch instead of 14.5, and not gated
@@ -129,6 +133,9 @@ class Config:
     push: Path | None = None  # Upload this saved adapter to --push-to-hub as it lies there, and do nothing else.
     push_to_hub: str | None = None  # Upload the adapter to this private repository, owner/name, when the run is saved.
     push_questions: bool = False  # With report.html and run.json, which hold your questions' text.
+    export: Path | None = None  # Write this saved adapter as files for other programs, with a certificate.
+    to: Literal["gguf", "merged"] = "gguf"  # --export: LoRA for llama.cpp and Ollama, or a whole 16-bit model.
+    base_gguf: Path | None = None  # --export: a GGUF of the base, to measure on. The embedded model's is known.
     # LoRA
     lora_r: Annotated[int, Ge(1)] = 16  # Rank.
     lora_alpha: Annotated[int, Ge(1)] = 32  # Scale: the update counts lora_alpha / lora_r.
@@ -163,17 +170,20 @@ class Config:
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """Flags over --config over the run that --evaluate names over defaults. Raises BadInput with all that is wrong."""
+    """Flags over --config over the run of the named adapter over defaults. Raises BadInput with all that is wrong."""
     options = {"prog": "finetune.py", "description": __doc__, "config": (tyro.conf.FlagCreatePairsOff,)}
     argv = [clean(word) for word in (sys.argv[1:] if argv is None else argv)]
     config, from_files = tyro.cli(Config, args=argv, **options), []
     if config.version:
         print(f"finetune.py {__version__}")
         raise SystemExit(0)
-    if config.evaluate:
-        folder = find_run(config.evaluate)
-        argv += ["--evaluate", str(folder)]
-        from_files += flags_from_file(folder / "run.json", leave_out=("report_to", "require_improvement"))
+    for job in ("evaluate", "export"):
+        if name := getattr(config, job):
+            folder = find_adapter(name, f"--{job}")
+            argv += [f"--{job}", str(folder)]
+            if job == "evaluate" or (folder / "run.json").is_file():
+                find_run(folder, f"--{job}")
+                from_files += flags_from_file(folder / "run.json", leave_out=("report_to", "require_improvement"))
     if config.config:
         from_files += flags_from_file(expand(config.config))
     config = tyro.cli(Config, args=from_files + argv, **options)  # later flags win, and all pass the same checks
@@ -191,6 +201,12 @@ def parse(argv: list[str] | None = None) -> Config:
         "--evaluate uploads nothing: name the adapter with --push": not (config.evaluate and config.push_to_hub),
         "--push-to-hub must be owner/name, in letters, digits, '-', '_' and '.'": not config.push_to_hub
         or re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", config.push_to_hub),
+        "--export cannot be combined with --evaluate": not (config.export and config.evaluate),
+        "--export cannot be combined with --dry-run": not (config.export and config.dry_run),
+        "--export cannot be combined with --resume": not (config.export and config.resume),
+        "--export cannot be combined with --require-improvement": not (config.export and config.require_improvement),
+        "--to needs --export": config.to == "gguf" or config.export,
+        "--base-gguf needs --export ADAPTER --to gguf": not config.base_gguf or (config.export and config.to == "gguf"),
         f"--report-to {tracker}: pip install {tracker} first": tracker == "none" or importlib.util.find_spec(tracker),
     }
     if problems := check_bounds(config) + [rule for rule, fine in rules.items() if not fine]:
@@ -330,6 +346,29 @@ def evaluate_adapter(config: Config) -> dict:
     return run | {"evaluation": evaluation}
 
 
+def export_adapter(config: Config) -> dict:
+    """--export: a saved adapter as files for other programs, with a certificate of what was measured on these files."""
+    # 1. Find the adapter, its run and its base, and all that the other program could not take.
+    output, saved = choose_export(config), find_saved(config)
+    with tempfile.TemporaryDirectory(dir=config.export, prefix="export-") as temporary:
+        # 2. Write its files beside.
+        new = Path(temporary) / output.name
+        new.mkdir()
+        with working(f"Writing {output.name}"):
+            if config.to == "merged":
+                write_merged(saved, new)
+            else:
+                write_lora_gguf(saved, new / "adapter.gguf")
+                write_modelfile(saved, new / "Modelfile")
+        # 3. Ask these files what the adapter's own run asked, and compare.
+        certificate = certify(saved, new, config)
+        (new / "certificate.json").write_text(json_text(certificate, indent=1) + "\n", encoding="utf-8")
+        # 4. The folder appears whole or not at all.
+        new.rename(output)
+    show_export(output, certificate, saved.base_gguf)
+    return saved.run | {"certificate": certificate, "output_dir": output}
+
+
 def dry_run(config: Config) -> None:
     """--dry-run: data, split, one example, lengths, plan, memory, time. No weights from the hub, no training."""
     # 1. Check as for training.
@@ -361,7 +400,7 @@ def check_input(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("more than one process is not supported yet: start it without torchrun, on one GPU")
     data = load_data(config)
-    data = saved_split(data, run, config.evaluate) if run else data
+    data = saved_split(data, run, f"--evaluate {config.evaluate}") if run else data
     show_data(config, data)
     with working("Starting the libraries"):
         if has_gpu() and not config.dry_run:
@@ -883,14 +922,16 @@ def given_split(rows: list[Row], config: Config) -> tuple[list[Row], list[Row], 
     return train, held_out or test, test or held_out
 
 
-def saved_split(data: Data, run: dict, where: Path) -> Data:
-    """The split of an earlier run, row by row and in its order. Raises BadInput if rows of it are gone."""
+def saved_split(data: Data, run: dict, what: str) -> Data:
+    """The split of an earlier run, row by row and in its order. Raises BadInput, which `what` begins, if rows of it are
+    gone.
+    """
     rows, ids = {row.id: row for row in data.train + data.eval + data.test}, run["data"]
     wanted = {"train": ids["train_ids"], "eval": ids["eval_ids"], "test": ids.get("test_ids", ids["eval_ids"])}
     if gone := {row_id for side in wanted.values() for row_id in side} - set(rows):
         files = ", ".join(file["path"] for file in data.files)
         fault = f"{len(gone)} of the rows that its run used are not in {files} (or have changed)"
-        raise BadInput(f"--evaluate {where}: {fault}; name the files as they were with --data")
+        raise BadInput(f"{what}: {fault}; name the files as they were with --data")
     return dataclasses.replace(data, **{side: [rows[row_id] for row_id in ids] for side, ids in wanted.items()})
 
 
@@ -1048,10 +1089,16 @@ def load_tokenizer(folder: Path, name: str = "") -> Tokenizer:
 
 def chat_ids(tokenizer: Tokenizer, messages: list[dict], add_generation_prompt: bool) -> list[int]:
     """Messages -> token ids through the model's template; a system turn it cannot take goes into the first user's."""
-    if messages[0]["role"] == "system" and not takes_system(tokenizer):
-        system, first, *rest = messages
-        messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    messages = as_taken(tokenizer, messages)
     return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, return_dict=False)
+
+
+def as_taken(tokenizer: Tokenizer, messages: list[dict]) -> list[dict]:
+    """Messages as the model's template takes them: see chat_ids()."""
+    if messages[0]["role"] != "system" or takes_system(tokenizer):
+        return messages
+    system, first, *rest = messages
+    return [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
 def takes_system(tokenizer: Tokenizer) -> bool:
@@ -2648,22 +2695,21 @@ def find_adapter(name: str | Path, flag: str) -> Path:
     raise BadInput(f"{flag} {clean(str(name))}: {fault}")
 
 
-def find_run(name: Path) -> Path:
-    """--evaluate -> the folder of a finished run. Raises BadInput."""
-    folder = find_adapter(name, "--evaluate")
+def find_run(folder: Path, flag: str) -> dict:
+    """The run.json of a finished run, which says what it held out. Raises BadInput, which `flag` begins."""
     run = read_json(folder / "run.json") if (folder / "run.json").is_file() else None
     parts = [run.get(key) if isinstance(run, dict) else None for key in ("model", "data", "config")]
     if not all(isinstance(part, dict) for part in parts) or not {"train_ids", "eval_ids"} <= run["data"].keys():
-        raise BadInput(f"--evaluate {name}: no finished run there: no run.json that says what it held out")
-    return folder
+        raise BadInput(f"{flag} {folder}: no finished run there: no run.json that says what it held out")
+    return run
 
 
 def config_as_json(config: Config) -> dict:
     """What was chosen, without home paths, as it is read back by --config."""
     values = vars(config) | {"data": [without_home(path) for path in config.data]}
     values |= {key: without_home(values[key]) for key in ("model", "output_dir") if values[key]}
-    left_out = ("config", "resume", "dry_run", "evaluate", "push", "push_to_hub", "push_questions", "version")
-    kept = {key: value for key, value in values.items() if key not in left_out}
+    jobs = ("dry_run", "resume", "evaluate", "export", "to", "base_gguf", "push", "push_to_hub", "push_questions")
+    kept = {key: value for key, value in values.items() if key not in (*jobs, "config", "version")}
     return json.loads(json.dumps(kept))  # tuples as lists
 
 
@@ -2950,6 +2996,450 @@ def model_card(run: dict, name: str, review: dict | None = None) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Export: takes a saved adapter, gives its files for other programs. No weights of the base are read to write a LoRA
+# file, and two gigabytes at a time to merge it. Nothing is measured here.
+
+# How llama.cpp calls an architecture, by the model_type of config.json; and what Ollama calls our bases.
+LLAMA_CPP = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+OLLAMA = {EMBEDDED: "smollm2:135m-instruct-fp16", GPU_MODEL: "mistral:7b-instruct-v0.2-q4_K_M"}
+# Settings of PEFT with which an adapter is more than W + scale * B @ A.
+NO_PLAIN_LORA = (
+    "use_dora", "bias", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+    "trainable_token_indices", "target_parameters", "layer_replication", "use_qalora",
+)  # fmt: skip
+CHANGES_THE_BASE = ("pissa", "olora", "loftq", "corda")  # ways to start LoRA that take a part out of the base's weights
+CONTEXT = 8192  # tokens of a conversation in Ollama, where the model can so many: 32,768 of a 7B would take 4 GiB more
+MERGED_FILE = 2_000_000_000  # bytes of a file of a merged model, as many as are in memory at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """A saved adapter and what belongs to it."""
+
+    run: dict  # run.json; empty where another program trained it
+    lora: dict[str, tuple[torch.Tensor, torch.Tensor]]  # module of the base -> (A, B)
+    scale: float  # of B @ A
+    source: Source  # the base; to merge, one that is not quantized
+    tokenizer: Tokenizer  # as it was trained
+    parts: PromptParts | None = None  # of its chat template, for a Modelfile
+    base_gguf: Path | None = None  # a GGUF of the base, where one is at hand
+
+
+def find_saved(config: Config) -> Saved:
+    """The adapter that --export names. Raises BadInput where it is no plain LoRA, or its base or template is amiss."""
+    os.environ |= QUIET | dict(os.environ)  # what is set already wins
+    with working("Starting the libraries"):
+        guard_torchvision()
+    folder, wrong = config.export, f"--export {config.export}"
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    settings = read_json(folder / "adapter_config.json")
+    unusual = {key: settings[key] for key in NO_PLAIN_LORA if settings.get(key) not in (None, False, "none", [], {})}
+    if str(settings.get("init_lora_weights")).startswith(CHANGES_THE_BASE):
+        unusual["init_lora_weights"] = settings["init_lora_weights"]
+    if unusual:
+        said = ", ".join(f"{key}={clean(str(value))[:60]}" for key, value in unusual.items())
+        raise BadInput(f"{wrong}: is no plain LoRA, so it cannot be exported: its adapter_config.json has {said}")
+    local = {public: name for name, public in PUBLIC_NAME.items()}
+    named = settings.get("base_model_name_or_path")
+    base = config.model or (run.get("model") or {}).get("id") or local.get(named, named)
+    if not base:
+        raise BadInput(f"{wrong}: its adapter_config.json names no base; name it with --model")
+    source = find_model(base, has_gpu())
+    tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else source.folder, source.id)
+    template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    if run.get("template_sha256", template) != template:
+        raise BadInput(f"{wrong}: its chat template is not the one that it was trained with; copy the folder again")
+    rank = settings["r"]
+    scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+    lora = read_lora(folder, rank)
+    if config.to == "merged":
+        return Saved(run, lora, scale, full_base(source), tokenizer)
+    return Saved(run, lora, scale, source, tokenizer, prompt_parts(tokenizer), find_base_gguf(source, config))
+
+
+def read_lora(folder: Path, rank: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Module -> (A, B) of each layer. Raises BadInput where there is anything else, or a half of it."""
+    try:
+        weights = safetensors_torch.load_file(folder / "adapter_model.safetensors")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise BadInput(f"--export {folder}: adapter_model.safetensors cannot be read: {brief(error)}") from None
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.items():
+        if not (place := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)):
+            raise BadInput(f"--export {folder}: is no plain LoRA, so it cannot be exported: it holds {clean(name)}")
+        pairs.setdefault(place[1], {})[place[2]] = tensor
+    for module, pair in pairs.items():
+        if pair.keys() != {"A", "B"} or not pair["A"].shape[0] == pair["B"].shape[1] == rank:
+            raise BadInput(f"--export {folder}: {clean(module)} has no A and B of rank {rank}")
+    return {module: (pair["A"], pair["B"]) for module, pair in sorted(pairs.items())}
+
+
+def choose_export(config: Config) -> Path:
+    """ADAPTER/export, or ADAPTER/export-merged. Raises BadInput where it stands already."""
+    output = config.export / ("export" if config.to == "gguf" else "export-merged")
+    if os.path.lexists(output):
+        raise BadInput(f"--export {config.export}: {output} already exists; delete it")
+    return output
+
+
+def write_lora_gguf(saved: Saved, path: Path) -> None:
+    """The LoRA as llama.cpp reads it, in F16. Raises BadInput where it has no place for a layer."""
+    shape = saved.source.config
+    kind, heads = shape.get("model_type"), shape["num_attention_heads"]
+    if kind not in LLAMA_CPP:
+        raise BadInput(f"--export: llama.cpp's names for {kind!r} are not known here; take --to merged")
+    arch = next(arch for arch, name in gguf_lib.MODEL_ARCH_NAMES.items() if name == LLAMA_CPP[kind])
+    names = gguf_lib.get_tensor_name_map(arch, shape["num_hidden_layers"])
+    # RoPE turns two numbers at a time: in llama.cpp's llama neighbours, in transformers one of each half of a head. So
+    # the rows of q and k stand in another order there.
+    turned = {"q_proj": heads, "k_proj": shape.get("num_key_value_heads") or heads} if arch.name == "LLAMA" else {}
+    writer = gguf_lib.GGUFWriter(path, LLAMA_CPP[kind])
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    for module, (a, b) in saved.lora.items():
+        name = names.get_name(f"{module}.weight", try_suffixes=(".weight",))
+        if not name or (name == "output.weight" and shape.get("tie_word_embeddings")):
+            raise BadInput(f"--export: llama.cpp has no place for a LoRA on {clean(module)}")
+        if count := turned.get(module.rpartition(".")[2]):
+            b = b.reshape(count, 2, -1, b.shape[1]).transpose(1, 2).reshape(b.shape)
+        for half, tensor in (("a", a.half()), ("b", b.half())):
+            if not tensor.isfinite().all():
+                raise BadInput(f"--export: {clean(module)} holds numbers that 16 bits cannot; train it again")
+            writer.add_tensor(f"{name}.lora_{half}", tensor.contiguous().numpy())
+    writer.add_float32("adapter.lora.alpha", saved.scale * len(a))  # llama.cpp divides it by the rank
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptParts:
+    """A chat template taken apart: what it puts around the contents of the turns."""
+
+    first: str  # before the first question, without a system turn
+    system: str  # before a system turn's content
+    after_system: str  # between that and the first question
+    ask: str  # after a question, up to where the answer begins
+    reply: str  # what comes then before an answer that is known already
+    again: str  # after an answer, up to the next question
+
+    def render(self, turns: Iterable[dict]) -> str:
+        """The prompt of a conversation, as template() gives it in Ollama."""
+        system = "\n\n".join(turn["content"] for turn in turns if turn["role"] == "system")
+        before, text = f"{self.system}{system}{self.after_system}" if system else self.first, ""
+        for turn in turns:
+            if turn["role"] == "user":
+                text, before = f"{text}{before}{turn['content']}{self.ask}", self.again
+            elif turn["role"] == "assistant":
+                text += self.reply + turn["content"]
+        return text
+
+    def template(self) -> str:
+        """TEMPLATE of a Modelfile, in the language of Go's text/template. JSON's strings are Go's too."""
+        put = {name: f"{{{{ {json_text(text)} }}}}" if text else "" for name, text in vars(self).items()}
+        pieces = ['{{ $later := false }}{{ range .Messages }}{{ if eq .Role "user" }}{{ if $later }}', put["again"]]
+        pieces += ["{{ else if $.System }}", put["system"], "{{ $.System }}", put["after_system"]]
+        pieces += ["{{ else }}", put["first"], "{{ end }}{{ $later = true }}{{ .Content }}", put["ask"]]
+        pieces += ['{{ else if eq .Role "assistant" }}', put["reply"], "{{ .Content }}{{ end }}{{ end }}"]
+        return "".join(pieces)
+
+
+def prompt_parts(tokenizer: Tokenizer) -> PromptParts:
+    """The template taken apart by rendering marked turns. Raises BadInput where that does not put it together again."""
+
+    def turns(texts: list[str], system: str | None) -> list[dict]:
+        said = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts)]
+        return [{"role": "system", "content": system}, *said] if system else said
+
+    def rendered(messages: list[dict]) -> str:
+        how = {"tokenize": False, "add_generation_prompt": True}
+        text = tokenizer.apply_chat_template(as_taken(tokenizer, messages), **how)
+        # What the tokenizer puts before every text, llama.cpp and Ollama put there too.
+        adds_bos = tokenizer("x").input_ids[0] == tokenizer.bos_token_id
+        return text.removeprefix(tokenizer.bos_token) if adds_bos else text
+
+    marks = ["mark-one", "mark-two", "mark-three"]
+    tried = [turns(["some words"] * count, system) for count in (1, 3, 9) for system in (None, "Be kind.")]
+    try:
+        first, ask = rendered(turns(marks[:1], None)).split("mark-one")
+        system, after_system, between, again, _ = re.split("mark-[a-z]+", rendered(turns(marks, "mark-system")))
+        parts = PromptParts(first, system, after_system, ask, between.removeprefix(ask), again)
+        if all(parts.render(messages) == rendered(messages) for messages in tried):
+            return parts
+    except (ValueError, jinja2.TemplateError):  # more or fewer pieces; a template that refuses such turns
+        pass
+    raise BadInput("--export: no Modelfile can say what this chat template does; take --to merged")
+
+
+def write_modelfile(saved: Saved, path: Path) -> None:
+    """The Modelfile. Ollama's own defaults would sample, and punish words that were said before."""
+    id, most = saved.source.id, saved.source.config.get("max_position_embeddings") or CONTEXT
+    hint = "" if id in OLLAMA else ": put a GGUF of it beside this file, or name it as Ollama does"
+    lines = [f"# The base is {PUBLIC_NAME.get(id, id)}{hint}.", f"FROM {OLLAMA.get(id, './base.gguf')}"]
+    lines += ["ADAPTER ./adapter.gguf", f'TEMPLATE """{saved.parts.template()}"""']
+    lines += [f"PARAMETER stop {json_text(saved.tokenizer.eos_token)}", f"PARAMETER num_ctx {min(CONTEXT, most)}"]
+    lines += ["PARAMETER temperature 0", "PARAMETER repeat_penalty 1"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def full_base(source: Source) -> Source:
+    """The base that is merged into: never a quantized one, but the public original of that."""
+    name = PUBLIC_NAME.get(source.id)
+    if "quantization_config" not in source.config:
+        return source
+    if not name:
+        raise BadInput(f"--to merged: {source.id} is quantized; name its original with --model")
+    try:
+        folder = hub_folder(name)
+    except BadInput as problem:
+        raise BadInput(f"--to merged: {name}: {problem}") from None
+    return Source(name, source.name, folder, folder.name)
+
+
+def write_merged(saved: Saved, folder: Path) -> None:
+    """Base plus adapter as a model in 16 bits. Raises BadInput where the adapter does not fit its base, or disk or
+    memory are too small.
+    """
+    base, shape = saved.source, saved.source.config
+    fetch_weights(base)
+    index = base.folder / "model.safetensors.index.json"
+    files = read_json(index)["weight_map"].values() if index.is_file() else base.folder.glob("*.safetensors")
+    opened = [safetensors.safe_open(base.folder / file, "pt") for file in sorted(set(files))]
+    file_of = {name: file for file in opened for name in sorted(file.keys())}
+    dtype = "bfloat16" if "bfloat16" in (shape.get("dtype"), shape.get("torch_dtype")) else "float16"
+    size = {name: file.get_slice(name).get_shape() for name, file in file_of.items()}
+    for module, (a, b) in saved.lora.items():
+        if size.get(f"{module}.weight") != [len(b), a.shape[1]]:
+            raise BadInput(
+                f"--to merged: {base.id} has no {clean(module)} of the adapter's shape, or ties it to another"
+            )
+    like = {name: torch.empty(numbers, dtype=getattr(torch, dtype), device="meta") for name, numbers in size.items()}
+    split = huggingface_hub.split_torch_state_dict_into_shards(like, max_shard_size=MERGED_FILE)
+    room = {"disk": shutil.disk_usage(folder).free, "memory": psutil.virtual_memory().available}
+    for what, needed in {"disk": 1.02 * split.metadata["total_size"], "memory": 2 * MERGED_FILE}.items():
+        if room[what] < needed:
+            raise BadInput(f"--to merged: needs {needed / 1e9:.1f} GB of {what}, {room[what] / 1e9:.1f} GB are free")
+    for number, (file, names) in enumerate(split.filename_to_tensors.items(), 1):
+        part = {}
+        for name in names:
+            tensor = file_of[name].get_tensor(name)
+            if pair := saved.lora.get(name.removesuffix(".weight")):
+                tensor = torch.addmm(tensor.float(), pair[1].float(), pair[0].float(), alpha=saved.scale)
+            part[name] = tensor.to(getattr(torch, dtype))
+            if not part[name].isfinite().all():
+                raise BadInput(f"--to merged: {clean(name)} holds numbers that {dtype} cannot")
+        safetensors_torch.save_file(part, folder / file, metadata={"format": "pt"})
+        report_progress("files", number, len(split.filename_to_tensors))
+    left_out = ("torch_dtype", "_name_or_path", "_model_name_or_path")
+    texts = {"config.json": {key: value for key, value in shape.items() if key not in left_out} | {"dtype": dtype}}
+    if split.is_sharded:
+        texts[index.name] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    for name, content in texts.items():
+        (folder / name).write_text(json_text(content, indent=1) + "\n", encoding="utf-8")
+    saved.tokenizer.save_pretrained(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Certificate: takes exported files and the adapter's run, says what these very files do, beside what PEFT did with the
+# adapter when it was trained; or why that was not measured. It changes no file.
+
+CERTIFIED = 24  # questions of each set that are answered
+CERTIFY_SECONDS = 900  # after so long no more of them are: a 7B on a CPU writes a few tokens a second
+FILE_AND_PEFT = (("file_off", "file_on"), ("before", "after"))  # arms without and with the adapter
+KEPT_LIMIT = 80  # percent of the gain: with the whole interval below, the file is not the adapter that was trained
+LOSS_LIMIT = 0.05  # share of its loss by which a merged model's may differ from the adapter's
+
+
+def find_base_gguf(source: Source, config: Config) -> Path | None:
+    """A GGUF of the base: --base-gguf, the model itself, or the embedded one's. Raises BadInput where it is another."""
+    own = [expand(Path(source.id))] if source.id.endswith(".gguf") else source.folder.glob("*.gguf")
+    path = config.base_gguf or next((file for file in own if file.is_file()), None)
+    if not path:
+        return None
+    try:
+        fields = gguf_lib.GGUFReader(path).fields
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--base-gguf {path}: {getattr(error, 'strerror', None) or brief(error)}") from None
+    arch, shape = LLAMA_CPP.get(source.config.get("model_type")), source.config
+    wanted = {"general.architecture": arch, f"{arch}.block_count": shape["num_hidden_layers"]}
+    for key, value in (wanted | {f"{arch}.embedding_length": shape["hidden_size"]}).items():
+        if (found := fields[key].contents() if key in fields else None) != value:
+            fault = f"{key} is {clean(str(found))}, and {value} in {source.id}"
+            raise BadInput(f"--base-gguf {path}: is not the base of this adapter: {fault}")
+    return path
+
+
+def certify(saved: Saved, folder: Path, config: Config) -> dict[str, Any]:
+    """What certificate.json holds."""
+    try:
+        if not saved.run:
+            raise BadInput("it has no run.json, so nobody knows which questions it never saw")
+        evaluation = in_todays_form(saved.run).get("evaluation") or {}
+        data = saved_split(load_data(config), saved.run, "its data")
+        measure = certify_merged if config.to == "merged" else certify_gguf
+        said, found = measure(saved, folder, config, evaluation, data)
+    except BadInput as problem:
+        return {"measured": False, "problems": [], "sentence": f"Not measured: {problem}."}
+    warning = f"Do not use it: {', '.join(found['problems'])}. " if found["problems"] else ""
+    return {"measured": True, "problems": found["problems"], "sentence": f"{warning}{'; '.join(said)}."} | found
+
+
+def certify_gguf(
+    saved: Saved, folder: Path, config: Config, evaluation: dict, data: Data
+) -> tuple[list[str], dict[str, Any]]:
+    """Prompts and answers of the LoRA file in llama.cpp, beside training's and PEFT's."""
+    file, base, id = folder / "adapter.gguf", saved.base_gguf, saved.source.id
+    if not base:
+        raise BadInput(f"no GGUF of {PUBLIC_NAME.get(id, id)} is at hand; name one with --base-gguf FILE")
+    if not importlib.util.find_spec("xllamacpp"):
+        raise BadInput("llama.cpp is not installed here; pip install xllamacpp")
+    asked = questions_to_certify(evaluation, data)
+    examples = [to_example(saved.tokenizer, row) for row in data.train]
+    longest = max(len(example.input_ids) - example.prompt_length for example in examples)
+    with working(f"Measuring {file.name} in llama.cpp"):
+        answered = ask_llama_cpp(saved, file, asked, data.test, config.max_new_tokens or math.ceil(1.25 * longest))
+    said, found = judge_file(answered, config.seed)
+    files = {name: {"name": path.name, "sha256": sha256_of(path)} for name, path in (("file", file), ("base", base))}
+    return said, found | files | {"runtime": f"xllamacpp {importlib.metadata.version('xllamacpp')}"} | answered
+
+
+def questions_to_certify(evaluation: dict, data: Data) -> dict[str, list[tuple[dict, Row]]]:
+    """The questions that the adapter answered, as record and row: new ones, and known ones in other words."""
+    trained, held_out = ({row.id: row for row in rows} for rows in (data.train, data.test))
+    asked = {"known": [], "new": [(record, held_out[record["id"]]) for record in evaluation.get("questions") or []]}
+    for record in evaluation.get("known") or []:
+        row = trained[record["id"]]
+        earlier = row.question.removesuffix(row.last_question)  # turns before it, in conversations
+        asked["known"].append((record, row.asking(record["question"].removeprefix(earlier))))
+    for part, pairs in asked.items():
+        asked[part] = [pair for pair in pairs if "answer" in pair[0]["arms"].get("after", {})][:CERTIFIED]
+    if not any(asked.values()):
+        raise BadInput("its run.json holds no answers to compare with")
+    return asked
+
+
+def start_llama_cpp(base: Path, adapter: Path, context: int) -> Callable[[str, dict], Any]:
+    """llama.cpp with base and adapter: a function that asks its server, which ends with the last reference to it.
+    Raises BadInput where it does not take the files.
+    """
+    params = xllamacpp.CommonParams()
+    params.model.path, params.lora_adapters = str(base), [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    params.n_parallel, params.n_ctx, params.warmup = 1, context, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise BadInput(f"llama.cpp does not take {adapter.name} on {base.name}: {brief(error)}") from None
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # it is on this machine
+
+    def post(path: str, body: dict) -> Any:
+        how = {"data": json.dumps(body).encode(), "headers": {"Content-Type": "application/json"}}
+        with opener.open(urllib.request.Request(server.listening_address + path, **how)) as reply:
+            return json.load(reply)
+
+    return post
+
+
+def ask_llama_cpp(saved: Saved, file: Path, asked: dict, held_out: list[Row], limit: int) -> dict[str, Any]:
+    """{prompts: of all rows as llama.cpp reads them; known, new: records with its greedy answers beside PEFT's}."""
+    rows = held_out + [row for _, row in asked["known"]]
+    trained = [chat_ids(saved.tokenizer, list(row.prompt), add_generation_prompt=True) for row in rows]
+    post = start_llama_cpp(saved.base_gguf, file, max(map(len, trained)) + limit + 64)
+
+    def tokens(row: Row) -> list[int]:
+        text = {"content": saved.parts.render(row.prompt), "add_special": True, "parse_special": True}
+        return post("/tokenize", text)["tokens"]
+
+    def answer(row: Row, scale: float) -> str:
+        how = {"n_predict": limit, "temperature": 0, "cache_prompt": False, "lora": [{"id": 0, "scale": scale}]}
+        return post("/completion", {"prompt": tokens(row)} | how)["content"]
+
+    differ = [row.question for row, ids in zip(rows, trained, strict=True) if tokens(row) != ids]
+    found: dict[str, Any] = {"prompts": {"rows": len(rows), "differ": differ}} | {part: [] for part in asked}
+    queue = [(n, part, *pair) for part, pairs in asked.items() for n, pair in enumerate(pairs)]
+    started = time.monotonic()
+    for done, (_, part, record, row) in enumerate(sorted(queue, key=operator.itemgetter(0)), 1):  # both sets in turn
+        texts = {arm: record["arms"][arm]["answer"] for arm in ("before", "after")}
+        texts |= {"file_off": answer(row, 0.0), "file_on": answer(row, 1.0)}
+        arms = {arm: {"chrf": chrf(text, record["reference"]), "answer": text} for arm, text in texts.items()}
+        found[part].append({key: record[key] for key in ("question", "reference", "group")} | {"arms": arms})
+        report_progress("questions", done, len(queue))
+        if time.monotonic() - started > CERTIFY_SECONDS:
+            break
+    return found
+
+
+def judge_file(answered: dict[str, Any], seed: int) -> tuple[list[str], dict[str, Any]]:
+    """(What is said, {problems, sets}): what the file kept of the adapter's gain in chrF, and what is wrong with it."""
+    names = {"known": "known questions in other words", "new": "new questions"}
+    sets = {part: share_kept(answered[part], seed) for part in names if answered[part]}
+    records = answered["known"] + answered["new"]
+    prompts, differ = answered["prompts"]["rows"], answered["prompts"]["differ"]
+    off, on, before = ([r["arms"][arm]["answer"] for r in records] for arm in ("file_off", "file_on", "before"))
+    changed = sum(map(operator.ne, off, on))
+    # If it is the same base, its answer to a question is liker to PEFT's answer than PEFT's to the next question is.
+    triples = zip(off, before, before[1:] + before[:1], strict=True)
+    likes = [chrf(text, own) - chrf(text, other) for text, own, other in triples]
+    alike = bootstrap(likes, [record["group"] for record in records], seed)
+    faults = {
+        "prompts have other token ids than in training": differ,
+        "the adapter changes no answer": not changed,
+        "the base does not answer as the one that was trained on": len(records) > 1 and alike[1] <= 0,
+    }
+    said = [f"{prompts - len(differ)} of {prompts} prompts have training's token ids"]
+    said.append(f"the adapter changes {changed} of {len(records)} answers")
+    for part, found in sets.items():
+        kept = found["kept"] or [math.nan] * 3
+        faults[f"less than {KEPT_LIMIT}% of the gain is left on {names[part]}"] = kept[2] < KEPT_LIMIT
+        there, here = ("{:.1f} -> {:.1f}".format(*(found[arm] for arm in arms)) for arms in FILE_AND_PEFT)
+        share = "{:.0f}% [{:.0f}, {:.0f}] of the gain".format(*kept) if found["kept"] else "–, for no gain shows"
+        said.append(f"{names[part]}: chrF {there} in llama.cpp, {here} in PEFT: kept {share}")
+    return said, {"problems": [fault for fault, found in faults.items() if found], "sets": sets, "base_alike": alike}
+
+
+def share_kept(records: list[dict], seed: int) -> dict[str, Any]:
+    """chrF of each arm, the gains in llama.cpp and in PEFT, and how many percent of PEFT's the file keeps: None where
+    that one does not show.
+    """
+    means = {arm: averages(records, arm, ["chrf"])["chrf"] for arms in FILE_AND_PEFT for arm in arms}
+    there, here = (paired(records, "chrf", on, off) for off, on in FILE_AND_PEFT)
+    gain, gain_peft, kept = bootstrap(*there, seed), bootstrap(*here, seed), None
+    if len(set(here[1])) >= MIN_GROUPS and gain_peft[1] > 0:
+        shares = resampled(*there, seed) / resampled(*here, seed)  # the same seed draws the same groups for both
+        kept = [100 * float(share) for share in (gain[0] / gain_peft[0], *np.percentile(shares, [2.5, 97.5]))]
+    return {"questions": len(records)} | means | {"gain": gain, "gain_peft": gain_peft, "kept": kept}
+
+
+def certify_merged(
+    saved: Saved, folder: Path, config: Config, evaluation: dict, data: Data
+) -> tuple[list[str], dict[str, Any]]:
+    """The loss of the merged model, loaded again (where it does not fit the memory, in NF4), beside the adapter's."""
+    rows = {row.id: row for row in data.test}
+    records = [r for r in evaluation.get("questions") or [] if "nll" in r["arms"].get("after", {})]
+    if not records:
+        raise BadInput("its run.json holds no losses to compare with")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    free = torch.cuda.mem_get_info()[0] if has_gpu() else psutil.virtual_memory().available
+    whole = size * (1.1 if has_gpu() else 2.2) < free  # a CPU computes in 32 bits
+    with working(f"Loading the merged model again, to measure its loss on {len(records)} held-out rows"):
+        if whole:
+            how = {"dtype": compute_dtype(), "device_map": {"": 0 if has_gpu() else "cpu"}}
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+        else:
+            model = load_4bit(Source(folder.name, folder.name, folder), compute_dtype())
+        losses = answer_nll(model, saved.tokenizer, [to_example(saved.tokenizer, rows[r["id"]]) for r in records])
+    pairs = zip(records, losses, strict=True)
+    records = [{"group": r["group"], "arms": r["arms"] | {"merged": {"nll": nll}}} for r, nll in pairs]
+    change = bootstrap(*paired(records, "nll", "merged", "after"), config.seed)
+    loss = {arm: averages(records, arm, ["nll"])["nll"] for arm in ("before", "after", "merged")}
+    problems = ["its loss is not the adapter's"] if not abs(change[0]) <= LOSS_LIMIT * loss["after"] else []
+    said = "held-out loss {:.3f}, beside {:.3f} of the adapter: {:+.3f} [{:+.3f}, {:+.3f}]"
+    said = said.format(loss["merged"], loss["after"], *change) + ("" if whole else " (loaded in NF4)")
+    return [said], {"problems": problems, "loss": loss, "change": change, "rows": len(records)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Share: takes a run's numbers to a tracker, its files to the Hugging Face hub. Nothing leaves this machine that was not
 # asked for, no token gets into a file, and no question's text goes anywhere but with --push-questions.
 
@@ -3185,6 +3675,21 @@ def show_result(run: dict) -> None:
                 say(name, " ".join(text.split()))
 
 
+def show_export(output: Path, certificate: dict, base: Path | None) -> None:
+    """What was written, what the certificate says, and the commands that use it."""
+    sizes = {file.name: file.stat().st_size / 1e6 for file in sorted(output.iterdir())}
+    largest = max(sizes, key=sizes.get)
+    say("Written", f"{output}: {len(sizes)} files, {sum(sizes.values()):.1f} MB ({largest} {sizes[largest]:.1f} MB)")
+    say("Measured", certificate["sentence"])
+    if not (output / "Modelfile").is_file():
+        return
+    name, template = shlex.quote(slug(output.parent.name)), output.parent / "chat_template.jinja"
+    say("Ollama", f"ollama create {name} -f {shlex.quote(str(output / 'Modelfile'))} && ollama run {name}")
+    words = ["-m", base or "BASE.gguf", "--lora", output / "adapter.gguf", "--temp", 0]
+    words += ["--jinja", "--chat-template-file", template] if template.is_file() else []
+    say("llama.cpp", shlex.join(["llama-server", *map(str, words)]))
+
+
 def show_evaluation(evaluation: dict) -> None:
     """Arms x metrics on both sets of questions, with the change from base to tuned and its 95% interval."""
     rows = [  # name, part of the arm's numbers, metric, its name in delta, format
@@ -3314,9 +3819,9 @@ def main(argv: list[str] | None = None) -> int:
         handle, log = tempfile.mkstemp(prefix="finetune-", suffix=".log")
         os.close(handle)
         with own_screen(Path(log)):
-            jobs = {dry_run: config.dry_run, evaluate_adapter: config.evaluate, push_adapter: config.push}
-            job = next((job for job, wanted in jobs.items() if wanted), run_evaluation)
-            run = job(config)
+            jobs = {dry_run: config.dry_run, evaluate_adapter: config.evaluate, export_adapter: config.export}
+            jobs[push_adapter] = config.push
+            run = next((job for job, asked in jobs.items() if asked), run_evaluation)(config)
         if config.require_improvement and run and run["evaluation"]["verdict"]["label"] != "helped":
             code = 3
     except BadInput as problem:

@@ -171,3 +171,19 @@ def embedded_adapter(embedded, tmp_path_factory) -> Path:
     folder.parent.mkdir()
     pairs = [(row["question"], row["answer"].split(". ")[0]) for row in rows(12)]
     return train_adapter(embedded, folder, pairs, 8)
+
+
+ANSWERED = 8  # held-out questions of 12
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, embedded):
+    """A short run of the default model on the sample data: (folder of the adapter, what the screen showed)."""
+    cwd = tmp_path_factory.mktemp("job")
+    (cwd / "faq_sample.json").write_text(json.dumps(rows(60)), encoding="utf-8")
+    flags = ["--data", "faq_sample.json", "--max-steps", 10, "--learning-rate", "2e-3"]
+    flags += ["--max-new-tokens", 40, "--eval-questions", ANSWERED]
+    command = [sys.executable, ROOT / "finetune.py", *flags]
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return cwd / "adapters/faq_sample-smollm2", done

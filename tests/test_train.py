@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, rows
+from conftest import ANSWERED, ROOT, rows
 
 import finetune
 
@@ -27,22 +27,6 @@ def same(first: dict, second: dict) -> bool:
     import torch
 
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-ANSWERED = 8  # held-out questions of 12
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, embedded):
-    """A short run of the default model on the sample data: (folder of the adapter, what the screen showed)."""
-    cwd = tmp_path_factory.mktemp("job")
-    (cwd / "faq_sample.json").write_text(json.dumps(rows(60)), encoding="utf-8")
-    flags = ["--data", "faq_sample.json", "--max-steps", 10, "--learning-rate", "2e-3"]
-    flags += ["--max-new-tokens", 40, "--eval-questions", ANSWERED]
-    command = [sys.executable, ROOT / "finetune.py", *flags]
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return cwd / "adapters/faq_sample-smollm2", done
 
 
 def test_the_job_learns_and_leaves_a_whole_folder(finished):
