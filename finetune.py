@@ -3075,10 +3075,12 @@ def read_lora(folder: Path, rank: int) -> dict[str, tuple[torch.Tensor, torch.Te
 
 
 def choose_export(config: Config) -> Path:
-    """ADAPTER/export, or ADAPTER/export-merged. Raises BadInput where it stands already."""
+    """ADAPTER/export, or ADAPTER/export-merged. Raises BadInput where it stands already, or could not."""
     output = config.export / ("export" if config.to == "gguf" else "export-merged")
     if os.path.lexists(output):
         raise BadInput(f"--export {config.export}: {output} already exists; delete it")
+    if not os.access(config.export, os.W_OK):
+        raise BadInput(f"--export {config.export}: this folder cannot be written")
     return output
 
 
