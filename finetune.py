@@ -3199,6 +3199,18 @@ def full_base(source: Source) -> Source:
     return Source(name, source.name, folder, folder.name)
 
 
+def merged_tensor(saved: Saved, file: Path, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """One tensor of base plus adapter. Raises BadInput where its numbers are too large."""
+    with safetensors.safe_open(file, "pt") as weights:
+        tensor = weights.get_tensor(name)
+    if pair := saved.lora.get(name.removesuffix(".weight")):
+        tensor = torch.addmm(tensor.float(), pair[1].float(), pair[0].float(), alpha=saved.scale)
+    tensor = tensor.to(dtype, copy=True)  # a view of the file would keep the whole of it mapped
+    if not tensor.isfinite().all():
+        raise BadInput(f"--to merged: {clean(name)} holds numbers that {dtype} cannot")
+    return tensor
+
+
 def write_merged(saved: Saved, folder: Path) -> None:
     """Base plus adapter as a model in 16 bits. Raises BadInput where the adapter does not fit its base, or disk or
     memory are too small.
@@ -3207,15 +3219,15 @@ def write_merged(saved: Saved, folder: Path) -> None:
     fetch_weights(base)
     index = base.folder / "model.safetensors.index.json"
     files = read_json(index)["weight_map"].values() if index.is_file() else base.folder.glob("*.safetensors")
-    opened = [safetensors.safe_open(base.folder / file, "pt") for file in sorted(set(files))]
-    file_of = {name: file for file in opened for name in sorted(file.keys())}
+    file_of, size = {}, {}  # of each tensor
+    for file in sorted(set(files)):
+        with safetensors.safe_open(base.folder / file, "pt") as weights:
+            for name in sorted(weights.keys()):
+                file_of[name], size[name] = base.folder / file, weights.get_slice(name).get_shape()
     dtype = "bfloat16" if "bfloat16" in (shape.get("dtype"), shape.get("torch_dtype")) else "float16"
-    size = {name: file.get_slice(name).get_shape() for name, file in file_of.items()}
     for module, (a, b) in saved.lora.items():
         if size.get(f"{module}.weight") != [len(b), a.shape[1]]:
-            raise BadInput(
-                f"--to merged: {base.id} has no {clean(module)} of the adapter's shape, or ties it to another"
-            )
+            raise BadInput(f"--to merged: {base.id} has no {clean(module)} of its own of the adapter's shape")
     like = {name: torch.empty(numbers, dtype=getattr(torch, dtype), device="meta") for name, numbers in size.items()}
     split = huggingface_hub.split_torch_state_dict_into_shards(like, max_shard_size=MERGED_FILE)
     room = {"disk": shutil.disk_usage(folder).free, "memory": psutil.virtual_memory().available}
@@ -3223,15 +3235,9 @@ def write_merged(saved: Saved, folder: Path) -> None:
         if room[what] < needed:
             raise BadInput(f"--to merged: needs {needed / 1e9:.1f} GB of {what}, {room[what] / 1e9:.1f} GB are free")
     for number, (file, names) in enumerate(split.filename_to_tensors.items(), 1):
-        part = {}
-        for name in names:
-            tensor = file_of[name].get_tensor(name)
-            if pair := saved.lora.get(name.removesuffix(".weight")):
-                tensor = torch.addmm(tensor.float(), pair[1].float(), pair[0].float(), alpha=saved.scale)
-            part[name] = tensor.to(getattr(torch, dtype))
-            if not part[name].isfinite().all():
-                raise BadInput(f"--to merged: {clean(name)} holds numbers that {dtype} cannot")
+        part = {name: merged_tensor(saved, file_of[name], name, like[name].dtype) for name in names}
         safetensors_torch.save_file(part, folder / file, metadata={"format": "pt"})
+        del part  # before the next one is made
         report_progress("files", number, len(split.filename_to_tensors))
     left_out = ("torch_dtype", "_name_or_path", "_model_name_or_path")
     texts = {"config.json": {key: value for key, value in shape.items() if key not in left_out} | {"dtype": dtype}}

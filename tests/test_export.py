@@ -437,7 +437,7 @@ def test_merged_keeps_the_held_out_loss(saved, tmp_path):
 
 def test_merging_refuses_what_does_not_fit(tiny, embedded, tmp_path, monkeypatch):
     saved = finetune.find_saved(finetune.Config(export=random_adapter(tiny, tmp_path / "x"), to="merged"))
-    with pytest.raises(BadInput, match=f"{embedded.id} has no .* of the adapter's shape"):
+    with pytest.raises(BadInput, match=f"{embedded.id} has no .* of its own of the adapter's shape"):
         finetune.write_merged(dataclasses.replace(saved, source=embedded), tmp_path)
     quantized = json.dumps(tiny.config | {"quantization_config": {"quant_method": "bitsandbytes"}})
     (tmp_path / "config.json").write_text(quantized)
