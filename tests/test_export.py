@@ -205,7 +205,7 @@ def test_a_layer_that_llama_cpp_has_no_place_for(tiny, tmp_path):
 
     saved = finetune.find_saved(finetune.Config(export=random_adapter(tiny, tmp_path / "adapter")))
     pair = (torch.zeros(4, 64), torch.zeros(64, 4))
-    for module in ("lm_head", "model.layers.0.mlp.router"):
+    for module in ("lm_head", "model.layers.0.mlp.no_such_layer"):
         shape = tiny.config | {"tie_word_embeddings": True}
         (tmp_path / "config.json").write_text(json.dumps(shape))
         source = finetune.Source("tied", "tied", tmp_path)
@@ -296,12 +296,12 @@ def test_certificate_of_a_real_adapter(exported, trained):
         assert (numbers["kept"] is None) == (numbers["gain_peft"][1] <= 0)
     answers = [record["arms"] for part in ("new", "known") for record in certificate[part]]
     assert sum(arms["file_on"]["answer"] != arms["file_off"]["answer"] for arms in answers) >= 12
-    # What the two programs say begins the same way for most questions, with the adapter and without.
-    for there, here in finetune.FILE_AND_PEFT[0], finetune.FILE_AND_PEFT[1]:
-        assert there != here
+    # What the two programs answer to a question is far liker than what they answer to two different ones.
     for there, here in zip(*finetune.FILE_AND_PEFT, strict=True):
-        alike = [arms[there]["answer"][:12] == arms[here]["answer"][:12] for arms in answers]
-        assert sum(alike) >= len(alike) / 2, (there, alike)
+        texts = [(arms[there]["answer"], arms[here]["answer"]) for arms in answers]
+        own = finetune.mean(finetune.chrf(*pair) for pair in texts)
+        others = finetune.mean(finetune.chrf(texts[n][0], texts[n - 1][1]) for n in range(len(texts)))
+        assert own > others + 15, (there, own, others)
     assert certificate["sentence"] in " ".join(done.stdout.split())
     assert "ollama create faq_sample-smollm2" in done.stdout and "llama-server -m" in done.stdout
 
@@ -432,7 +432,7 @@ def test_merged_keeps_the_held_out_loss(saved, tmp_path):
         certificate = finetune.certify(good, folder, config)
         assert certificate["measured"] and certificate["rows"] == 12
         assert (certificate["problems"] == []) == fine, certificate["sentence"]
-    assert certificate["loss"]["merged"] == pytest.approx(certificate["loss"]["before"], abs=0.1)
+    assert certificate["loss"]["merged"] > certificate["loss"]["after"]
 
 
 def test_merging_refuses_what_does_not_fit(tiny, embedded, tmp_path, monkeypatch):
