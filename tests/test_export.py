@@ -301,9 +301,26 @@ def test_certificate_of_a_real_adapter(exported, trained):
         texts = [(arms[there]["answer"], arms[here]["answer"]) for arms in answers]
         own = finetune.mean(finetune.chrf(*pair) for pair in texts)
         others = finetune.mean(finetune.chrf(texts[n][0], texts[n - 1][1]) for n in range(len(texts)))
-        assert own > others + 15, (there, own, others)
+        assert own > others + 5, (there, own, others)
     assert certificate["sentence"] in " ".join(done.stdout.split())
     assert "ollama create faq_sample-smollm2" in done.stdout and "llama-server -m" in done.stdout
+
+
+@pytest.mark.parametrize(("share", "problems"), [(1.0, []), (0.7, []), (0.2, ["less than 50% of the gain is left"])])
+def test_the_share_that_is_kept(share, problems):
+    """Of a gain that differs from question to question, the same share on each; none of a gain that does not show."""
+    answered = {"prompts": {"rows": 20, "differ": []}, "new": [], "known": []}
+    for n in range(10):
+        for part, gain in (("known", 20.0 + n), ("new", (-1.0) ** n)):
+            scores = {"before": 10.0, "after": 10.0 + gain, "file_off": 12.0, "file_on": 12.0 + share * gain}
+            arms = {arm: {"chrf": score, "answer": f"{arm[-3:]} words on {n}"} for arm, score in scores.items()}
+            arms["file_off"]["answer"] = arms["before"]["answer"]
+            answered[part].append({"group": n, "arms": arms})
+    said, found = finetune.judge_file(answered, 42)
+    assert found["sets"]["known"]["kept"] == pytest.approx([100 * share] * 3)
+    assert found["sets"]["new"]["kept"] is None and "kept –" in said[3]
+    assert found["problems"] == problems and f"kept {100 * share:.0f}% [" in said[2]
+    assert ("NF4" in said[-1]) == (share < 1)
 
 
 def test_modelfile(exported, trained):
