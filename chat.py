@@ -306,7 +306,7 @@ class Chat:
         self.model_name = self.adapter_name = adapters[0].name if adapters else BASE  # who answers; whom F2 brings back
         self.files: list[str] = []  # texts of /read that go with the next question
         self.last: Answer | None = None
-        self.compared: tuple[str, dict[str, Answer]] | None = None  # question and answers of the last /compare
+        self.compared: tuple[Turn, dict[str, Answer]] | None = None  # what the last /compare asked, and the answers
         self.typed = ""  # what the next prompt begins with
         self.saved = self.trouble = ""  # the conversation as it is on disk; why state files cannot be written
         self.session = make_session(self)
@@ -419,13 +419,10 @@ class Chat:
         if text and self.options.compare:
             cmd_compare(self, text)
         elif text:
-            question = self.with_files(text)
-            if (answer := self.answer(question, self.model_name)).text:
-                self.conversation.turns.append(Turn(question, [answer]))
-                self.files = []
+            self.answer(self.new_turn(text), self.model_name)
 
-    def with_files(self, question: str) -> str:
-        return "\n\n".join([*self.files, question])
+    def new_turn(self, question: str) -> Turn:
+        return Turn("\n\n".join([*self.files, question]))
 
     @property
     def room(self) -> int:
@@ -433,39 +430,43 @@ class Chat:
         limit, wanted = self.engine.context, self.parameters.num_predict
         return limit - min(wanted if wanted >= 0 else limit, limit // 4)
 
-    def fit_messages(self, question: str, names: list[str], upto: int | None = None) -> list[dict]:
+    def fit_messages(self, question: str, names: list[str]) -> list[dict]:
         """What is sent to these models: the question after as many turns as fit. Says so when old turns do not."""
 
         def count(messages: list[dict]) -> int:
             return max(self.engine.count(messages, name) for name in names)
 
-        messages, dropped = self.conversation.fit(question, count, self.room, upto)
+        messages, dropped = self.conversation.fit(question, count, self.room)
         if dropped:
             turns = "oldest turn is" if dropped == 1 else f"{dropped} oldest turns are"
             self.note(f"The context of {self.engine.context} tokens is full: the {turns} no longer sent", "yellow")
         return messages
 
-    def answer(self, question: str, name: str, upto: int | None = None) -> Answer:
-        """Write an answer to the screen as it comes, and say so if it did not come to its end."""
-        messages = self.fit_messages(question, [name], upto)
-        if len(self.engine.models) > 1:
-            self.note(name)
-        with interruptible() as stop:
-            answer = write_answer(self.console, self.engine.stream(messages, name, self.parameters, stop))
+    def answer(self, turn: Turn, name: str) -> None:
+        """Write an answer to the screen as it comes, say so if it did not come to its end, and keep it in the turn."""
+        with self.conversation.asking(turn):
+            messages = self.fit_messages(turn.question, [name])
+            if len(self.engine.models) > 1:
+                self.note(name)
+            with interruptible() as stop:
+                answer = write_answer(self.console, self.engine.stream(messages, name, self.parameters, stop))
+            if answer.text:
+                if not turn.replies:  # a new question: the files went with it
+                    self.files = []
+                turn.add([answer])
         self.last = answer
         for line in rows_read([answer]):
             self.note(line)
-        limit = self.parameters.num_predict
+        ends = {
+            "interrupted": "Stopped; what came is kept",
+            "num_predict": f"Stopped at num_predict {answer.tokens}; /set parameter num_predict -1 lets it end",
+            "context": "Stopped: the context is full",
+        }
         if not answer.text:
             self.note("No answer came; the question is not kept")
-        elif answer.stop == "interrupted":
-            self.note("Stopped; what came is kept")
-        elif answer.stop == "num_predict":
-            self.note(f"Stopped at num_predict {limit}; /set parameter num_predict -1 lets it end")
-        elif answer.stop == "context":
-            self.note("Stopped: the context is full", "yellow")
+        elif answer.stop in ends:
+            self.note(ends[answer.stop], "yellow" if answer.stop == "context" else "dim")
         self.engine.models[name].capture_ahead()
-        return answer
 
     def last_turn(self) -> Turn:
         if not self.conversation.turns:
@@ -622,11 +623,7 @@ def open_model(chat: Chat, name: str) -> str:
 
 def cmd_regen(chat: Chat, rest: str) -> None:
     """[NAME]: answer the last question again, as another model if you name one"""
-    turn, name = chat.last_turn(), open_model(chat, rest or chat.model_name)
-    answer = chat.answer(turn.question, name, upto=-1)
-    if answer.text:
-        turn.replies.append(answer)
-        turn.chosen = len(turn.replies) - 1
+    chat.answer(chat.last_turn(), open_model(chat, rest or chat.model_name))
 
 
 def cmd_stats(chat: Chat, rest: str) -> None:
@@ -651,7 +648,8 @@ def cmd_score(chat: Chat, rest: str) -> None:
     if not rest:
         raise BadInput("/score TEXT: what would be the answer?")
     turn = chat.last_turn()
-    messages = chat.conversation.messages(turn.question, upto=-1)
+    with chat.conversation.asking(turn):
+        messages = chat.conversation.messages(turn.question)
     room = chat.engine.context - chat.engine.count([{"role": "user", "content": rest}], BASE)
     names = models_that_fit(chat, messages, room)
     scores = {name: chat.engine.score(messages, rest, name, chat.parameters.strength) for name in names}
@@ -736,32 +734,32 @@ def cmd_copy(chat: Chat, rest: str) -> None:
 
 def cmd_compare(chat: Chat, rest: str) -> None:
     """[QUESTION]: base and every adapter, with and without looked-up rows, answer at once; alone: the last question"""
-    question, upto = (chat.with_files(rest), None) if rest else (chat.last_turn().question, -1)
-    problems = chat.engine.find_rows()
-    answers = answer_with_all(chat, question, upto)
+    turn, problems = chat.new_turn(rest) if rest else chat.last_turn(), chat.engine.find_rows()
+    answers = answer_with_all(chat, turn)
     show_comparison(chat, answers)
     show_divergence(chat, answers)
     for line in (*rows_read(answers.values()), *problems):
         chat.note(line)
-    show_nearest(chat, question)
+    show_nearest(chat, turn.question)
     names = list(answers)
     shown = "  ".join(f"{number}: {name}" for number, name in enumerate(names, 1))
     picked = chat.ask(f"\nGo on with the answer of {shown}  Enter: none")
     if picked in map(str, range(1, len(names) + 1)):
         picked = names[int(picked) - 1]
     if picked in names:
-        go_on_with(chat, question, answers, picked, upto)
+        go_on_with(chat, turn, answers, picked)
     else:
         chat.typed = picked  # the next question, most likely
 
 
-def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: Sequence[str] = ()) -> dict[str, Answer]:
+def answer_with_all(chat: Chat, turn: Turn, hidden: Sequence[str] = ()) -> dict[str, Answer]:
     """All answers, shown as they come; or of the models that are to stay hidden. BadInput: fewer than two have text."""
-    question_alone = chat.conversation.messages(question, upto=0)
+    question_alone = Conversation(chat.conversation.system).messages(turn.question)
     names = models_that_fit(chat, question_alone, chat.room, hidden)
     if len(names) < 2:
         raise BadInput("there is nothing to compare the base with: /adapter NAME loads an adapter")
-    messages = chat.fit_messages(question, names, upto)
+    with chat.conversation.asking(turn):
+        messages = chat.fit_messages(turn.question, names)
     answers = {name: Answer(name) for name in names}
     area, size = Area(chat.console), chat.console.size
     with interruptible() as stop:
@@ -773,14 +771,14 @@ def answer_with_all(chat: Chat, question: str, upto: int | None, hidden: Sequenc
                 area.paint(side_by_side([(a.model, speed_of(a), a.text) for a in answers.values()], chat.console.width))
     area.erase()
     if chat.console.size != size:  # where a terminal does not reflow its lines, this went too far up
-        chat.note(f">>> {question}")
+        chat.note(f">>> {turn.question}")
     answers = {name: answer for name, answer in answers.items() if answer.text}
     if len(answers) < 2:
         raise BadInput("Stopped before there was anything to compare")
-    if upto is None:
+    if not turn.replies:
         chat.files = []
     chat.last = answers.get(chat.model_name, next(iter(answers.values())))
-    chat.compared = question, answers
+    chat.compared = turn, answers
     return answers
 
 
@@ -847,23 +845,20 @@ def show_nearest(chat: Chat, question: str) -> None:
         chat.note(f"Its reference answer: {row.answer}")
 
 
-def go_on_with(chat: Chat, question: str, answers: dict[str, Answer], name: str, upto: int | None) -> None:
+def go_on_with(chat: Chat, turn: Turn, answers: dict[str, Answer], name: str) -> None:
     """The conversation goes on with this answer; the others stay beside it."""
-    turns = chat.conversation.turns
-    if upto is None:
-        turns.append(Turn(question, []))
-    turns[-1].chosen = len(turns[-1].replies) + list(answers).index(name)
-    turns[-1].replies += answers.values()
+    with chat.conversation.asking(turn):
+        turn.add(answers.values(), list(answers).index(name))
     chat.note(f"Going on with the answer of {name}")
 
 
 def cmd_vote(chat: Chat, rest: str) -> None:
     """[QUESTION]: blind A/B: names hidden, order shuffled; the tally is kept"""
     if rest:
-        answer_with_all(chat, chat.with_files(rest), None, hidden=(BASE, chat.adapter_name))
+        answer_with_all(chat, chat.new_turn(rest), hidden=(BASE, chat.adapter_name))
     if not chat.compared:
         raise BadInput("nothing was compared yet: /compare QUESTION, or /vote QUESTION")
-    question, answers = chat.compared
+    turn, answers = chat.compared
     first, *others = answers
     pair = [first, chat.adapter_name if chat.adapter_name in others else others[0]]
     random.SystemRandom().shuffle(pair)
@@ -875,11 +870,11 @@ def cmd_vote(chat: Chat, rest: str) -> None:
     winner = None if vote == "=" else pair["ab".index(vote)]
     chat.note(f"A was {pair[0]}, B was {pair[1]}", "none")
     named = {name: chat.source.id if name == BASE else name for name in pair}
-    path, votes = add_vote(question, sorted(named.values()), named.get(winner or ""), answers[first].seed)
+    path, votes = add_vote(turn.question, sorted(named.values()), named.get(winner or ""), answers[first].seed)
     counts = ", ".join(f"{name} {votes.count(model)}" for name, model in sorted(named.items()))
     chat.note(f"Votes so far: {counts}, alike {votes.count(None)} ({finetune.without_home(path)})", "none")
     if rest and winner:
-        go_on_with(chat, question, answers, winner, None)
+        go_on_with(chat, turn, answers, winner)
 
 
 # In the order of /help. What takes a FILE is given a Path.
@@ -1118,12 +1113,17 @@ class Turn:
     """A question with the answers it got; the conversation goes on with the chosen one."""
 
     question: str
-    replies: list[Answer]
+    replies: list[Answer] = dataclasses.field(default_factory=list)
     chosen: int = 0
 
     @property
     def reply(self) -> Answer:
         return self.replies[self.chosen]
+
+    def add(self, answers: Iterable[Answer], chosen: int = 0) -> None:
+        """More answers; the conversation goes on with the one at place `chosen` of these."""
+        self.chosen = len(self.replies) + chosen
+        self.replies += answers
 
 
 @dataclasses.dataclass
@@ -1135,23 +1135,33 @@ class Conversation:
     skipped: int = 0  # oldest turns that no longer fit into the context; kept here, not sent
     parameters: Parameters = dataclasses.field(default_factory=Parameters)
 
-    def messages(self, question: str | None = None, upto: int | None = None) -> list[dict]:
-        """What the model reads: the system prompt, the turns that fit (before turn `upto`), the question."""
+    @contextlib.contextmanager
+    def asking(self, turn: Turn) -> Iterator[None]:
+        """While a turn is asked, perhaps again, it is not among those before; it belongs here once it has an answer."""
+        if turn in self.turns[-1:]:
+            self.turns.pop()
+        try:
+            yield
+        finally:
+            if turn.replies:
+                self.turns.append(turn)
+
+    def messages(self, question: str | None = None) -> list[dict]:
+        """What the model reads: the system prompt, the turns that fit, the question."""
         said = [("system", self.system)] if self.system else []
-        for turn in self.turns[self.skipped : upto]:
+        for turn in self.turns[self.skipped :]:
             said += [("user", turn.question), ("assistant", turn.reply.text)]
         said += [("user", question)] if question is not None else []
         return [{"role": role, "content": text} for role, text in said]
 
-    def fit(self, question: str, count: Callable, room: int, upto: int | None = None) -> tuple[list[dict], int]:
+    def fit(self, question: str, count: Callable, room: int) -> tuple[list[dict], int]:
         """The messages, and how many more of the oldest turns were left out to keep within `room` tokens."""
-        turns = len(self.turns[:upto])
-        before, messages = self.skipped, self.messages(question, upto)
+        before, messages = self.skipped, self.messages(question)
         used = count(messages)
         target = room if used <= room else room * 3 // 4  # as every model has to read the rest anew
-        while used > target and self.skipped < turns:
+        while used > target and self.skipped < len(self.turns):
             self.skipped += 1
-            messages = self.messages(question, upto)
+            messages = self.messages(question)
             used = count(messages)
         if used > room:
             self.skipped = before
