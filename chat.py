@@ -16,7 +16,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
-import difflib
 import itertools
 import json
 import math
@@ -31,7 +30,7 @@ import textwrap
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TextIO, get_type_hints
@@ -66,7 +65,6 @@ TOP = 3  # most likely tokens that /compare shows where two answers diverge
 PROBE = "What does this cover?"  # an adapter that changes no logit after this question has no effect
 NO_EFFECT = "has no effect: its logits are the base's"
 RETRIEVED, WITH_ROWS = "retrieved", "+rows"  # the base with looked-up rows in its prompt; what an adapter's name gets
-NO_ROOM = "the looked-up rows do not fit into the context"
 NEAR, SAME = 55, 70  # percent alike from which a question counts as near, as the same in other words
 NARROW = 38  # below this width, columns of /compare are shown one under the other
 KEPT = Path("data/kept.jsonl")  # where /keep collects rows
@@ -175,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: Options, out: TextIO, err: TextIO) -> None:
     """A chat if there is a terminal and no question, else a script."""
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")  # a pipe may hold any bytes
     if options.review is not None or options.votes:
         run_review(options, out)
         return
@@ -192,16 +192,14 @@ def run_script(options: Options, source: Source, adapters: list[Adapter], out: T
         raise BadInput("--continue: goes on in the chat, and this is none: a question is given or something is piped")
     engine, console = None, make_console(out)
     for question in read_questions(options):
+        problems = []
         if engine is None:
             engine = Engine(source, options.num_ctx, adapters)
-            for model in engine.models.values():
-                err.write(f"chat.py: {clean(model.name)} {NO_EFFECT}\n" if model.no_effect else "")
-            for problem in engine.find_rows() if options.compare else ():
-                err.write(f"chat.py: {clean(problem)}\n")
+            problems += [f"{model.name} {NO_EFFECT}" for model in engine.models.values() if model.no_effect]
+            problems += engine.find_rows() if options.compare else []
         messages = Conversation(readable(options.system or "")).messages(question)
-        names = engine.that_fit(messages, engine.context - 1)
-        left_out = " and ".join(name for name in engine.models if name not in names)
-        err.write(f"chat.py: without {clean(left_out)}: {NO_ROOM}\n" if left_out else "")
+        names, left_out = engine.that_fit(messages, engine.context - 1)
+        err.writelines(f"chat.py: {clean(problem)}\n" for problem in [*problems, *left_out])
         names = names if options.compare else names[1:2] or names[:1]  # the first adapter, else the base
         parameters = with_seed(options.parameters)
         for name in names:
@@ -211,7 +209,6 @@ def run_script(options: Options, source: Source, adapters: list[Adapter], out: T
                 fields |= {"seconds": round(answer.seconds, 3), "seed": answer.seed}
                 fields |= {"rows": answer.rows} if answer.rows else {}
                 out.write(finetune.json_text(fields) + "\n")
-                out.flush()
                 continue
             if options.compare:
                 out.write(f"[{clean(name)}]\n")
@@ -225,8 +222,6 @@ def read_questions(options: Options) -> Iterator[str]:
     if options.question is None or options.whole_input:
         if sys.stdin is None:
             raise BadInput("stdin is closed, and no question is given")
-        if hasattr(sys.stdin, "reconfigure"):
-            sys.stdin.reconfigure(errors="replace")
         texts = [f"{options.question or ''}\n\n{sys.stdin.read()}"] if options.whole_input else sys.stdin
     for text in texts:
         if question := readable(text).replace("\ufeff", "").strip():  # Windows puts that mark before a text
@@ -345,29 +340,34 @@ class Chat:
 
     def run(self) -> None:
         self.greet()
-        while True:
-            if error := self.failure():
-                raise error
-            typed, self.typed, line = self.typed, "", ""
+        while not self.failure():
+            line = ""
             try:
-                line = readable(self.session.prompt(">>> ", default=typed))
-                if self.session.refresh_interval and self.loading.done() and not self.failure():
-                    self.session.refresh_interval = 0  # the toolbar no longer waits for the model
-                    for name in self.engine.models:
-                        self.warn_of_no_effect(name)
+                line = self.read_line()
                 self.obey(line)
             except KeyboardInterrupt:
                 self.note("Ctrl-D on an empty line or /bye leaves; /help lists the commands")
             except EOFError:
                 return
             except Exception as error:
-                if not self.failure():
-                    if not isinstance(error, BadInput):
-                        traceback.print_exc()  # stderr is the log
-                    self.note(describe(error), "red")
+                if self.failure():
+                    break
+                if not isinstance(error, BadInput):
+                    traceback.print_exc()  # stderr is the log
+                self.note(describe(error), "red")
             self.save_state()
             if line.strip():
                 self.console.print()
+        raise self.failure()
+
+    def read_line(self) -> str:
+        typed, self.typed = self.typed, ""
+        line = readable(self.session.prompt(">>> ", default=typed))
+        if self.session.refresh_interval and self.loading.done():
+            self.session.refresh_interval = 0  # the toolbar no longer waits for the model
+            for name in self.engine.models:
+                self.warn_of_no_effect(name)
+        return line
 
     def stop_prompt(self, loading: Future[Engine]) -> None:
         """Called in the other thread when the model is there; if it could not be loaded, nobody need type on."""
@@ -406,13 +406,16 @@ class Chat:
         word, rest = (part.strip() for part in re.fullmatch(r"(\S*)(.*)", line, re.DOTALL).groups())
         name = ALIASES.get(word, word)
         if name in COMMANDS:
-            COMMANDS[name](self, file_named(name, rest) if "FILE" in HELP[name][0] else rest)
+            takes_file = "FILE" in HELP[name][0]
+            if takes_file and not rest:
+                raise BadInput(f"{name} {HELP[name][0]}: which file?")
+            COMMANDS[name](self, finetune.expand(Path(rest.strip("\"'"))) if takes_file else rest)
             return
         if line.startswith("/") and "/" not in word[1:]:
-            near = difflib.get_close_matches(word, [*COMMANDS, *ALIASES], 1, 0.75)
+            near = finetune.nearest(word, [*COMMANDS, *ALIASES])
             if near or not rest:
-                hint = f"did you mean {near[0]}?" if near else "/help lists them"
-                raise BadInput(f"No command {word}; {hint} (a question that starts with / needs a space before it)")
+                hint = near or "; /help lists them"
+                raise BadInput(f"No command {word}{hint} (a question that starts with / needs a space before it)")
         text = line.strip()
         if text.startswith('"""'):
             text = text.removeprefix('"""').removesuffix('"""').strip()
@@ -651,18 +654,13 @@ def cmd_score(chat: Chat, rest: str) -> None:
     with chat.conversation.asking(turn):
         messages = chat.conversation.messages(turn.question)
     room = chat.engine.context - chat.engine.count([{"role": "user", "content": rest}], BASE)
-    names = models_that_fit(chat, messages, room)
+    names, left_out = chat.engine.that_fit(messages, room)
     scores = {name: chat.engine.score(messages, rest, name, chat.parameters.strength) for name in names}
-    chat.note(f"As the answer to: {' '.join(turn.question.split())[:100]}")
+    for line in (*left_out, f"As the answer to: {' '.join(turn.question.split())[:100]}"):
+        chat.note(line)
     rows = [(clean(n), f"{mean:.3f}", f"{math.exp(min(-mean, 700)):.2f}", str(k)) for n, (mean, k) in scores.items()]
     heads = [{"header": head, "justify": "right"} for head in ("mean log-probability", "perplexity", "tokens")]
     chat.console.print(make_table(rows, [{}, *heads], show_header=True))
-
-
-def file_named(command: str, rest: str) -> Path:
-    if not rest:
-        raise BadInput(f"{command} {HELP[command][0]}: which file?")
-    return finetune.expand(Path(rest.strip("\"'")))
 
 
 def write_file(chat: Chat, path: Path, text: str, done: str) -> None:
@@ -755,7 +753,9 @@ def cmd_compare(chat: Chat, rest: str) -> None:
 def answer_with_all(chat: Chat, turn: Turn, hidden: Sequence[str] = ()) -> dict[str, Answer]:
     """All answers, shown as they come; or of the models that are to stay hidden. BadInput: fewer than two have text."""
     question_alone = Conversation(chat.conversation.system).messages(turn.question)
-    names = models_that_fit(chat, question_alone, chat.room, hidden)
+    names, left_out = chat.engine.that_fit(question_alone, chat.room, hidden)
+    for line in left_out:
+        chat.note(line, "yellow")
     if len(names) < 2:
         raise BadInput("there is nothing to compare the base with: /adapter NAME loads an adapter")
     with chat.conversation.asking(turn):
@@ -780,15 +780,6 @@ def answer_with_all(chat: Chat, turn: Turn, hidden: Sequence[str] = ()) -> dict[
     chat.last = answers.get(chat.model_name, next(iter(answers.values())))
     chat.compared = turn, answers
     return answers
-
-
-def models_that_fit(chat: Chat, messages: list[dict], room: int, wanted: Sequence[str] = ()) -> list[str]:
-    """Of the `wanted` models, else of all, those for whose prompt there is room; says which are left out."""
-    names, fit = chat.engine.models, chat.engine.that_fit(messages, room)
-    names = [name for name in names if name in (wanted or names)]
-    if left_out := " and ".join(name for name in names if name not in fit):
-        chat.note(f"Without {left_out}: {NO_ROOM}", "yellow")
-    return [name for name in names if name in fit]
 
 
 def show_comparison(chat: Chat, answers: dict[str, Answer], heads: Iterable[str] = ()) -> None:
@@ -1032,8 +1023,6 @@ def show_blind(review: Review, question: dict, console: Console, progress: str) 
 def single_keys() -> Iterator[Callable[[], str]]:
     """Gives a function that waits for a key, without Enter; in a pipe for a line, whose first letter it gives."""
     if not (sys.stdin and sys.stdin.isatty()):
-        with contextlib.suppress(AttributeError):
-            sys.stdin.reconfigure(errors="replace")
         yield lambda: next(iter(sys.stdin or ()), "q").strip()[:1].lower()
         return
     exit_on_signals()
@@ -1786,7 +1775,7 @@ class Engine:
                 tokenizer = finetune.load_tokenizer(adapter.path, adapter.name)
             if len(tokenizer) > self.network.get_input_embeddings().weight.shape[0]:
                 raise ValueError("its tokenizer has more tokens than the model")
-            if len(self.models) == 1:
+            if not isinstance(self.network, peft.PeftModel):
                 lora = peft.LoraConfig.from_pretrained(str(adapter.path))
                 lora.inference_mode = True
                 self.network = peft.PeftModel(self.network, lora, key)
@@ -1794,27 +1783,22 @@ class Engine:
             if loaded.missing_keys:
                 raise ValueError(f"{len(loaded.missing_keys)} of its tensors are missing")
         except (ValueError, KeyError, TypeError, RuntimeError, OSError, safetensors.SafetensorError) as error:
-            self.unload(key)
+            known = getattr(self.network, "peft_config", {})
+            if list(known) == [key]:
+                self.network = self.network.unload()
+            elif key in known:
+                self.network.delete_adapter(key)
             what = f"does not fit {self.source.id} or is damaged: {brief(error)}"
             raise BadInput(f"adapter {adapter.path}: {what}") from None
+        finally:
+            if isinstance(self.network, peft.PeftModel):  # which may have switched it on
+                self.network.base_model.disable_adapter_layers()
+            self.active = (None, 1.0)
         self.network.eval()
         if self.fast:
             self.fast.load_lora(key, self.network)
-        self.active = (key, 1.0)
-        self.activate(None)
         names = itertools.chain([adapter.name], (f"{adapter.name}-{number}" for number in itertools.count(2)))
         return self.add_model(ChatModel(self, next(n for n in names if n not in self.models), key, tokenizer, adapter))
-
-    def unload(self, key: str) -> None:
-        """Take away what a failed load_adapter() left behind."""
-        if key not in getattr(self.network, "peft_config", {}):
-            return
-        if len(self.models) == 1:
-            self.network = self.network.unload()
-            return
-        self.network.delete_adapter(key)
-        self.active = ("lora0", 1.0)
-        self.activate(None)
 
     def find_rows(self) -> list[str]:
         """Put `retrieved` and NAME+rows beside the others where rows are at hand; returns which are not."""
@@ -1826,9 +1810,12 @@ class Engine:
                 self.models.setdefault(name, new)
         return [problem for problem in self.missing.values() if problem]
 
-    def that_fit(self, messages: list[dict], room: int) -> list[str]:
-        """All models but those in whose prompt looked-up rows have no room."""
-        return [name for name, model in self.models.items() if not model.rows or self.count(messages, name) <= room]
+    def that_fit(self, messages: list[dict], room: int, wanted: Container[str] = ()) -> tuple[list[str], list[str]]:
+        """Of the wanted models, else all, those whose looked-up rows have room in the prompt; a line on the others."""
+        names = [name for name in self.models if name in (wanted or self.models)]
+        fit = [name for name in names if not self.models[name].rows or self.count(messages, name) <= room]
+        left_out = " and ".join(name for name in names if name not in fit)
+        return fit, [f"Without {left_out}: the looked-up rows do not fit into the context"] if left_out else []
 
     def activate(self, key: str | None, strength: float = 1.0) -> None:
         """Switch an adapter on in transformers' network, or all off, without touching a weight."""
@@ -1853,13 +1840,14 @@ class Engine:
     ) -> Iterator[Piece]:
         """An answer as it comes, with the `top` most likely tokens at each step. `stop` ends it between two tokens."""
         began = time.perf_counter()
-        model, ids = self.models[name], self.models[name].tokenize(messages)
+        model = self.models[name]
+        _, rows, ids = model.prompt(messages)
         room = self.context - len(ids)
         if room < 1:
             raise BadInput(f"the question has {len(ids)} tokens; the context holds {self.context}")
         limit = min(room, parameters.num_predict) if parameters.num_predict >= 0 else room
         parameters = with_seed(parameters)
-        answer = Answer(name, seed=parameters.seed, rows=[row.question for row in model.prompt(messages)[1]])
+        answer = Answer(name, seed=parameters.seed, rows=[row.question for row in rows])
         sampler, words = Sampler(parameters, ids, self.network.device), Detokenizer(model.tokenizer)
         unread = model.rewind(ids, parameters.strength if model.key else 1.0)
         answer.prompt_tokens, answer.cached_tokens = len(ids), len(ids) - len(unread)
@@ -1915,7 +1903,7 @@ class Engine:
     def score(self, messages: list[dict], text: str, name: str, strength: float = 1.0) -> tuple[float, int]:
         """Mean log-probability of `text` (and the EOS after it) as the answer, and how many tokens that are."""
         model = self.models[name]
-        example = finetune.to_example(model.tokenizer, finetune.Row(tuple(model.prompt(messages)[0]), text, ""))
+        example = finetune.to_example(model.tokenizer, finetune.Row(model.prompt(messages)[0], text, ""))
         if len(example.input_ids) > self.context:
             raise BadInput(f"question and text have {len(example.input_ids)} tokens; the context holds {self.context}")
         self.activate(model.key, strength)
@@ -1941,20 +1929,21 @@ class ChatModel:
         self.cached: list[int] = []  # the tokens at its start that are known to be there
         self.length = 0  # how many it really holds; -1: an error came in between
         self.strength = 1.0  # the adapter's when it read them
-        self.tokenized: tuple[list[dict], list[int]] = ([], [])
+        self.asked: list[dict] = []  # the messages of the last prompt, and that prompt: the chat counts before it asks
+        self.prompted: tuple[tuple[dict, ...], list[finetune.Row], list[int]] = ((), [], [])
+
+    def prompt(self, messages: list[dict]) -> tuple[tuple[dict, ...], list[finetune.Row], list[int]]:
+        """What it reads: the turns, the last question after the rows most like it; these rows; and all in tokens."""
+        if self.asked != messages:
+            asks = self.rows and messages[-1]["role"] == "user"
+            rows = finetune.nearest_rows(messages[-1]["content"], self.rows) if asks else []
+            turns = finetune.with_rows(messages, rows)
+            self.prompted = turns, rows, chat_ids(self.tokenizer, turns, add_generation_prompt=True)
+            self.asked = messages
+        return self.prompted
 
     def tokenize(self, messages: list[dict]) -> list[int]:
-        """The chat counts a question's tokens before it asks, so the last ones are remembered."""
-        if self.tokenized[0] != messages:
-            self.tokenized = messages, chat_ids(self.tokenizer, self.prompt(messages)[0], add_generation_prompt=True)
-        return self.tokenized[1]
-
-    def prompt(self, messages: list[dict]) -> tuple[Sequence[dict], list[finetune.Row]]:
-        """What it reads, the rows most like the last question before it; and these rows."""
-        if not self.rows or messages[-1]["role"] != "user":
-            return messages, []
-        rows = finetune.nearest_rows(messages[-1]["content"], self.rows)
-        return finetune.with_rows(messages, rows), rows
+        return self.prompt(messages)[2]
 
     def rewind(self, ids: list[int], strength: float) -> list[int]:
         """Forget all but the longest start that it shares with `ids`; returns the tokens that need a prefill."""
