@@ -828,9 +828,10 @@ def show_nearest(chat: Chat, question: str) -> None:
     models = chat.engine.models
     adapters = [model.adapter for model in (models[chat.model_name], *models.values()) if model.adapter]
     if near := adapters and nearest_question(adapters[0], question):
-        row, score, side = near
+        row, score, ids = near
+        side = {"train_ids": "trained on, ", "": ""}.get(ids, "held out, ")
         head = f"Nearest question ({side}{score:.0f}% alike)"
-        if side.startswith("trained") and score >= SAME:
+        if ids == "train_ids" and score >= SAME:
             head = f"Trained on this question{', in other words' * (score < 100)} ({score:.0f}% alike)"
         chat.note(f"{head}: {row.question}")
         chat.note(f"Its reference answer: {row.answer}")
@@ -1171,24 +1172,20 @@ class Conversation:
     @classmethod
     def from_json(cls, loaded: Any, where: str, parameters: Parameters | None = None) -> Conversation:
         """Checked, as the file may have been written by hand. `parameters` stand for those that it does not name."""
-        fine = isinstance(loaded, dict) and isinstance(loaded.get("turns"), list)
-        if not fine or not isinstance(loaded.get("system"), str | None):
-            raise BadInput(f'{where}: is not a saved conversation: {{"system": TEXT or null, "turns": [...]}}')
-        turns = []
-        for number, turn in enumerate(loaded["turns"], 1):
-            try:
+        turns, wrong = [], 'is not a saved conversation: {"system": TEXT or null, "turns": [...]}'
+        try:
+            system, given = readable(loaded.get("system") or "") or None, dict(loaded.get("parameters") or {})
+            for number, turn in enumerate(loaded["turns"], 1):
+                wrong = f"turn {number} is not as /save writes it: {TURN_FORMAT}"
                 replies = [Answer(**{name: r[name] for name in SAVED if name in r}) for r in turn["replies"]]
                 for reply in replies:
                     reply.model, reply.text = readable(reply.model), readable(reply.text)
-                turns.append(Turn(readable(turn["question"]), replies, turn.get("chosen", 0)))
-                if type(turns[-1].chosen) is not int or turns[-1].chosen not in range(len(replies)):
-                    raise KeyError("chosen")
-            except (KeyError, TypeError, AttributeError):
-                raise BadInput(f"{where}: turn {number} is not as /save writes it: {TURN_FORMAT}") from None
-        given = loaded.get("parameters") if isinstance(loaded.get("parameters"), dict) else {}
+                chosen = range(len(replies))[turn.get("chosen", 0)]  # an error if it is none of them
+                turns.append(Turn(readable(turn["question"]), replies, chosen))
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            raise BadInput(f"{where}: {wrong}") from None
         known = {name: parse_parameter(name, given[name], f"{where}: {name}") for name in PARAMETERS if name in given}
-        parameters = dataclasses.replace(parameters or Parameters(), **known)
-        return cls(readable(loaded.get("system") or "") or None, turns, parameters=parameters)
+        return cls(system, turns, parameters=dataclasses.replace(parameters or Parameters(), **known))
 
     def as_markdown(self) -> str:
         parts = ["# Conversation", f"System prompt: {self.system}" if self.system else ""]
@@ -1290,13 +1287,20 @@ class Adapter:
         return clean(told)
 
     @property
-    def files(self) -> list[dict]:
+    def files(self) -> list[str]:
+        """The data files that run.json names."""
         files = self.part("data").get("files")
-        return [file for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+        named = [file.get("path") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+        return [path for path in named if isinstance(path, str)]
 
     def rows_at_hand(self) -> list[finetune.Row]:
-        """Of the data files that run.json names, held-out ones too."""
-        return [row for file in self.files for row in rows_of_file(file, self.part("config"))]
+        """The rows of these files, held-out ones too; of a file that is gone or no longer readable, none."""
+        rows, config = [], self.part("config")
+        for name in self.files:
+            with contextlib.suppress(BadInput, TypeError, AttributeError, OSError, RuntimeError, StopIteration):
+                path = next(filter(Path.is_file, (Path(name).expanduser(), finetune.HERE / name)))
+                rows += finetune.read_rows(path, config.get("question_field"), config.get("answer_field"))
+        return rows
 
     def part(self, *names: str) -> dict:
         """An object within run.json; empty if it is not there."""
@@ -1358,15 +1362,14 @@ def check_base(adapter: Adapter, source: Source) -> None:
 
 
 def nearest_question(adapter: Adapter, question: str) -> tuple[finetune.Row, float, str] | None:
-    """(row, likeness in percent, "trained on, ", "held out, " or "") from the data that run.json names, if at hand."""
+    """(row, likeness in percent, which list of run.json has it) from the data that run.json names, if at hand."""
     data, rows = adapter.part("data"), adapter.rows_at_hand()
     row = finetune.nearest_rows(question, rows, 1)[0] if rows else None
     score = float(finetune.closeness([question], [row.question])[0, 0]) / 2 if row else 0
     if score < NEAR:
         return None
     # A row that was edited since, or dropped as a duplicate, is in none of these lists.
-    sides = {"trained on, ": ["train_ids"], "held out, ": ["eval_ids", "test_ids"]}
-    known = (side for side, lists in sides.items() if any(row.id in (data.get(name) or []) for name in lists))
+    known = (ids for ids in ("train_ids", "eval_ids", "test_ids") if row.id in (data.get(ids) or []))
     return row, score, next(known, "")
 
 
@@ -1377,19 +1380,10 @@ def trained_rows(adapter: Adapter) -> tuple[list[finetune.Row], str]:
     rows = [there[name] for name in ids if name in there]
     if rows and len(rows) == len(ids):
         return rows, ""
-    files = " and ".join(str(file.get("path")) for file in adapter.files)
+    files = " and ".join(adapter.files)
     fix = f"put {files} back as it was" if files else "its run.json, as finetune.py writes it, would name them"
     gone = f"{len(ids) - len(rows)} of {len(ids)} rows" if rows else "No looked-up rows: those"
     return rows, f"{gone} that taught {adapter.name} are not at hand; {fix}"
-
-
-def rows_of_file(file: Any, config: dict) -> list[finetune.Row]:
-    """The rows of one data file of a run; none if the file is gone or no longer readable."""
-    with contextlib.suppress(BadInput, KeyError, TypeError, AttributeError, OSError, RuntimeError):
-        paths = [Path(file["path"]).expanduser(), finetune.HERE / file["path"]]
-        for path in filter(Path.is_file, paths):
-            return finetune.read_rows(path, config.get("question_field"), config.get("answer_field"))
-    return []
 
 
 # ----------------------------------------------------------------------------------------------------------------------

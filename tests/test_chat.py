@@ -545,8 +545,8 @@ def test_clean():
 
 
 def test_nearest_question(tiny_adapter):
-    row, score, side = chat.nearest_question(chat.read_adapter(tiny_adapter), "what is covered")
-    assert row.question == "What is covered?" and score > 90 and side == "held out, "
+    row, score, ids = chat.nearest_question(chat.read_adapter(tiny_adapter), "what is covered")
+    assert row.question == "What is covered?" and score > 90 and ids == "eval_ids"
     assert chat.nearest_question(chat.read_adapter(tiny_adapter), "zebra quantum") is None
 
 
@@ -817,10 +817,10 @@ def test_keep_collects_rows_that_finetune_reads(typed, home):
 def test_nearest_question_says_only_what_is_known(tiny_adapter):
     adapter = chat.read_adapter(tiny_adapter)
     row, *_ = chat.nearest_question(adapter, "What is covered?")
-    for lists, side in (({"train_ids": [row.id]}, "trained on, "), ({"test_ids": [row.id]}, "held out, "), ({}, "")):
+    for lists, ids in (({"train_ids": [row.id]}, "train_ids"), ({"test_ids": [row.id]}, "test_ids"), ({}, "")):
         data = {"files": adapter.run["data"]["files"]} | lists
         known = dataclasses.replace(adapter, run=adapter.run | {"data": data})
-        assert chat.nearest_question(known, "What is covered?")[2] == side
+        assert chat.nearest_question(known, "What is covered?")[2] == ids
 
 
 def test_what_is_broken_is_named_and_the_newest_sound_adapter_opens(home, capsys, monkeypatch):
