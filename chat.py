@@ -933,39 +933,39 @@ def open_review(name: str) -> Review:
     random.Random(str(blind["seed"])).shuffle(blind["questions"])
     review = Review(folder / "review.json", blind)
     if review.path.exists():
-        fix = "move it away, and the review begins anew"
-        review.votes = read_votes(review.path, blind, {key: blind[key] for key in ("seed", "answers")}, fix)
+        review.votes = read_votes(review, review.path, "move it away, and the review begins anew")
     return review
 
 
-def read_votes(path: Path, blind: dict, owner: dict, fix: str) -> list[dict]:
-    """The votes in a file. Raises BadInput if it is damaged, or of a run that is not its `owner`."""
+def read_votes(review: Review, path: Path, fix: str) -> list[dict]:
+    """The votes in review.json, or in a file that the page has saved. Raises BadInput if damaged, or of another run."""
+    run = {"seed": review.blind["seed"], "answers": review.blind["answers"]}
+    run["adapter"] = finetune.harmless(review.path.parent.name)  # of these each of the two files names some
+    answers = {question["id"]: question["answers"] for question in review.blind["questions"]}
     try:
         saved = finetune.read_json(path)
+        votes = saved.get("votes") if isinstance(saved, dict) and saved.get("version") == 1 else None
+        if not isinstance(votes, list) or not all(isinstance(vote, dict) for vote in votes):
+            raise BadInput(f"{path}: holds no votes, or is damaged")
+        votes = [{key: vote.get(key) for key in ("id", "vote", "shown")} for vote in votes]
+        names = [vote["id"] for vote in votes]
+        differs = [key for key, value in run.items() if saved.get(key, value) != value]
+        if differs or not all(name in list(answers) for name in names):
+            raise BadInput(f"{path}: is of another run ({(differs or ['questions'])[0]} not as here)")
+        for name, vote, shown in map(dict.values, votes):
+            whole = isinstance(shown, list) and sorted(map(str, shown)) == sorted(review.blind["arms"])
+            known = vote in ["none", *(answer["arms"] for answer in answers[name])]
+            if not whole or not known or names.count(name) > 1:
+                raise BadInput(f"{path}: the vote on {name} is damaged, or given twice")
     except BadInput as problem:
         raise BadInput(f"{problem}; {fix}") from None
-    votes = saved.get("votes") if isinstance(saved, dict) and saved.get("version") == 1 else None
-    if not isinstance(votes, list) or not all(isinstance(vote, dict) for vote in votes):
-        raise BadInput(f"{path}: holds no votes, or is damaged; {fix}")
-    votes = [{key: vote.get(key) for key in ("id", "vote", "shown")} for vote in votes]
-    names, answers = [vote["id"] for vote in votes], {asked["id"]: asked["answers"] for asked in blind["questions"]}
-    differs = [key for key, value in owner.items() if saved.get(key, value) != value]
-    if differs or not all(name in list(answers) for name in names):
-        raise BadInput(f"{path}: is of another run ({(differs or ['questions'])[0]} not as here); {fix}")
-    for name, vote, shown in map(dict.values, votes):
-        whole = isinstance(shown, list) and sorted(map(str, shown)) == sorted(blind["arms"])
-        known = vote in ["none", *(answer["arms"] for answer in answers[name])]
-        if not whole or not known or names.count(name) > 1:
-            raise BadInput(f"{path}: the vote on {name} is damaged, or given twice; {fix}")
     return votes
 
 
 def take_votes(review: Review, path: Path) -> str:
     """--votes: takes in what is new, and says how much that was. Raises BadInput."""
-    folder, judged = review.path.parent, {vote["id"] for vote in review.votes}
-    owner = {"adapter": finetune.harmless(folder.name), "answers": review.blind["answers"]}
-    fix = f"download the votes again from {folder / 'report.html'}"
-    votes = read_votes(finetune.expand(path), review.blind, owner, fix)
+    fix = f"download the votes again from {review.path.parent / 'report.html'}"
+    votes, judged = read_votes(review, finetune.expand(path), fix), {vote["id"] for vote in review.votes}
     new = [vote for vote in votes if vote["id"] not in judged]
     review.votes += new
     if new:
@@ -1215,15 +1215,13 @@ def first_conversation(options: Options) -> Conversation:
 
 def write_whole(path: Path, text: str) -> None:
     """Written beside and renamed, so that a full disk leaves the old file as it was. Raises BadInput."""
-    temporary = None
     try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder) / path.name
+            file.touch(0o600)
+            file.write_text(text, encoding="utf-8")
+            file.replace(path)
     except (OSError, ValueError) as error:
-        if temporary:
-            temporary.unlink(missing_ok=True)
         raise BadInput(f"{path}: cannot be written: {getattr(error, 'strerror', None) or brief(error)}") from None
 
 
@@ -1453,7 +1451,6 @@ class AnswerWriter:
             self.feed("\n")
         if self.block:
             self.finish_block()
-        self.file.flush()
 
     def end_line(self) -> None:
         if self.line.strip():
