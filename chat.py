@@ -609,9 +609,9 @@ def open_model(chat: Chat, name: str) -> str:
     problems = chat.engine.find_rows()
     if name in chat.engine.models:
         return name
-    own = chat.engine.missing.get(name.removesuffix(WITH_ROWS))
-    for problem in problems if name == RETRIEVED else [own] if own else []:
-        raise BadInput(problem)
+    lacking = "; ".join(problems) if name == RETRIEVED else chat.engine.missing.get(name.removesuffix(WITH_ROWS))
+    if lacking:
+        raise BadInput(lacking)
     hint = finetune.nearest(name, chat.known_models())
     if hint and name not in finetune.adapters_on_disk() and not finetune.expand(Path(name)).exists():
         raise BadInput(f"no adapter {name}{hint}")
@@ -976,17 +976,16 @@ def take_votes(review: Review, path: Path) -> str:
 
 def ask_votes(review: Review, console: Console, read_key: Callable[[], str]) -> None:
     """Question by question. Each vote is saved at once; any number of them can be taken back."""
-    questions = {question["id"]: question for question in review.blind["questions"]}
-    passed = [vote["id"] for vote in review.votes]  # those that were skipped too
-    waiting = [name for name in questions if name not in passed]
-    while waiting:
-        name, key = waiting[0], ""
-        answers = show_blind(review, questions[name], console, f"{len(passed) + 1} of {len(questions)}")
+    questions, place = {question["id"]: question for question in review.blind["questions"]}, len(review.votes)
+    names = list(dict.fromkeys([*(vote["id"] for vote in review.votes), *questions]))  # the judged ones first
+    while place < len(names):
+        name, key = names[place], ""
+        answers = show_blind(review, questions[name], console, f"{place + 1} of {len(names)}")
         letters = (*LETTERS[: len(answers)], "n")
         while key not in (*letters, "s", "u", *STOPS):
             key = read_key()
         if key in (*letters, "s"):
-            passed.append(waiting.pop(0))
+            place += 1
         if key in letters:
             best = "none" if key == "n" else answers[LETTERS.index(key)]["arms"]
             shown = [arm for answer in answers for arm in answer["arms"]]
@@ -994,17 +993,17 @@ def ask_votes(review: Review, console: Console, read_key: Callable[[], str]) -> 
             review.save()
             say(console, "")
             for letter, answer in zip(letters, answers, strict=False):
-                names = " and ".join(review.blind["names"][arm] for arm in answer["arms"])
-                say(console, f"{letter} was {names}" + ", your vote" * (letter == key), "bold" * (letter == key))
+                whose = " and ".join(review.blind["names"][arm] for arm in answer["arms"])
+                say(console, f"{letter} was {whose}" + ", your vote" * (letter == key), "bold" * (letter == key))
             say(console, f"\nThe reference answer:\n{questions[name]['reference']}\n")
             if console.is_terminal and sys.stdin.isatty():
                 say(console, "any key: next   u: undo   q: stop", "dim")
                 key = read_key()
         if key in STOPS:
             return
-        if key == "u" and passed:
-            waiting.insert(0, passed.pop())
-            review.votes = [vote for vote in review.votes if vote["id"] != waiting[0]]
+        if key == "u" and place:
+            place -= 1
+            review.votes = [vote for vote in review.votes if vote["id"] != names[place]]
             review.save()
 
 
@@ -1426,10 +1425,8 @@ class AnswerWriter:
 
     def __init__(self, console: Console):
         self.console, self.file, self.width = console, console.file, console.width
-        self.block: list[str] = []  # the finished lines of the block that is open, the empty ones after it too
-        self.above = ""  # these lines as rows of the screen
-        self.line = ""  # the line that is coming
-        self.shown = ""  # what of both is on the screen
+        self.block = [""]  # the lines of the block that is open; the last one is still coming
+        self.shown = ""  # what of it is on the screen
 
     def feed(self, text: str) -> None:
         if not can_repaint(self.console):
@@ -1437,46 +1434,43 @@ class AnswerWriter:
             text = ""
         for part in re.findall(r"\n|[^\n]+", clean(text)):
             if part == "\n":
-                self.end_line()
+                self.show(self.block[-1])
+                self.block = [*self.block, ""] if self.block[0].strip() else [""]
                 continue
-            self.line += part
-            word = re.search(r"\S*$", self.line)[0]  # it waits until it is whole, so that no margin breaks it
-            whole = self.line if may_break(word, self.width) else self.line.removesuffix(word)
-            if whole.strip():
-                self.show(whole)
+            self.block[-1] += part
+            word = re.search(r"\S*$", self.block[-1])[0]  # it waits until it is whole, so that no margin breaks it
+            self.show(self.block[-1] if may_break(word, self.width) else self.block[-1].removesuffix(word))
         self.file.flush()
 
     def close(self) -> None:
-        if self.line.strip() or not can_repaint(self.console):
+        if self.block[-1].strip() or not can_repaint(self.console):
             self.feed("\n")
-        if self.block:
+        if len(self.block) > 1:
             self.finish_block()
-
-    def end_line(self) -> None:
-        if self.line.strip():
-            self.show(self.line)
-        if self.line.strip() or self.block:
-            self.block.append(self.line)
-            self.above += break_rows(self.line, self.width) + "\n"
-        self.line = ""
 
     def show(self, line: str) -> None:
         """Write what is new of the line that is coming. With its first word it is known whether it opens a block."""
-        if self.block and self.above.startswith(self.shown) and opens_block(self.block, self.line):
+        if not line.strip():
+            return
+        if self.rows_above().startswith(self.shown) and opens_block(self.block):
             self.finish_block()
-        rows = self.above + break_rows(line, self.width)
+        rows = self.rows_above() + break_rows(line, self.width)
         self.file.write(rows[len(self.shown) :])
         self.shown = rows
 
+    def rows_above(self) -> str:
+        return "".join(break_rows(line, self.width) + "\n" for line in self.block[:-1])
+
     def finish_block(self) -> None:
-        source, rows = "\n".join(self.block).rstrip(), self.shown.count("\n")
+        *lines, coming = self.block
+        source, rows = "\n".join(lines).rstrip(), self.shown.count("\n")
         whole = rows < self.console.height - 1 and self.width == self.console.width
         if whole and self.MARKUP.search(source) and not (rows and self.UNSURE.search(source)):
             markdown = AnswerMarkdown(textwrap.dedent(source), "ansi_dark", hyperlinks=False)
             to_its_first_row = f"\x1b[{rows}A" if rows else ""
             self.file.write(f"{to_its_first_row}\r\x1b[J{render(self.console, markdown)}")
-        self.file.write("\n" if self.block[-1].strip() else "\n\n")
-        self.block, self.above, self.shown, self.width = [], "", "", self.console.width
+        self.file.write("\n" if lines[-1].strip() else "\n\n")
+        self.block, self.shown, self.width = [coming], "", self.console.width
 
 
 def write_answer(console: Console, pieces: Iterable[Piece]) -> Answer:
@@ -1488,12 +1482,12 @@ def write_answer(console: Console, pieces: Iterable[Piece]) -> Answer:
     return piece.answer
 
 
-def opens_block(block: list[str], line: str) -> bool:
-    """Whether a line, perhaps not yet all of it, starts another paragraph, list item, code block, ... than `block`."""
-    lines = [*block, f"{line}x" if line[-1:].isspace() else line]
-    tokens = MarkdownIt().enable("table").parse(textwrap.dedent("\n".join(lines)))
+def opens_block(lines: list[str]) -> bool:
+    """Whether the last line, perhaps not yet whole, starts another paragraph, list item, ... than those before it."""
+    text = "\n".join(lines) + "x" * lines[-1][-1:].isspace()
+    tokens = MarkdownIt().enable("table").parse(textwrap.dedent(text))
     starts = [t for t in tokens if t.map and (t.level == 0 or (t.type == "list_item_open" and t.level == 1))]
-    return any(token.map[0] == len(block) for token in starts)
+    return len(lines) > 1 and any(token.map[0] == len(lines) - 1 for token in starts)
 
 
 def may_break(word: str, width: int) -> bool:
@@ -1502,16 +1496,14 @@ def may_break(word: str, width: int) -> bool:
 
 
 def break_rows(text: str, width: int) -> str:
-    """A line with newlines where the rows of the screen end. More text at its end changes nothing before."""
+    """A line broken into rows of the screen. More text at its end changes nothing of what stands before."""
     rows, column = "", 0
     for part in re.findall(r"\s+|\S+", text):
-        if column + cell_len(part) >= width and part.isspace():
-            continue
-        broken = column + cell_len(part) >= width and may_break(part, width)
-        for piece in part if broken else [part]:
-            if column + cell_len(piece) >= width:
-                rows, column = rows + "\n", 0
-            rows, column = rows + piece, column + cell_len(piece)
+        for piece in part if may_break(part, width) else [part]:
+            if column + cell_len(piece) < width:
+                rows, column = rows + piece, column + cell_len(piece)
+            elif not piece.isspace():
+                rows, column = f"{rows}\n{piece}", cell_len(piece)
     return rows
 
 
