@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     try:
         options = parse_options(argv)
-        with finetune.own_screen(log_file()) as (out, err):
+        with finetune.own_screen(state_file_or_null("chat.log")) as (out, err):
             finetune.console.file = err  # the progress of a download is no answer
             run(options, out, err)
     except KeyboardInterrupt:
@@ -256,8 +256,9 @@ def exit_on_signals() -> None:
 
 def describe(error: Exception) -> str:
     """A line for the person; the traceback of what was not foreseen is in the log."""
-    foreseen = isinstance(error, BadInput)
-    return str(error) if foreseen else f"failed: {type(error).__name__}: {brief(error)}; see {log_file()}"
+    if isinstance(error, BadInput):
+        return str(error)
+    return f"failed: {type(error).__name__}: {brief(error)}; see {state_file_or_null('chat.log')}"
 
 
 def readable(text: str) -> str:
@@ -278,9 +279,10 @@ def state_file(name: str) -> Path:
     return path
 
 
-def log_file() -> Path:
+def state_file_or_null(name: str) -> Path:
+    """Where no state can be kept, a file that forgets what is written to it."""
     try:
-        return state_file("chat.log")
+        return state_file(name)
     except OSError:
         return Path(os.devnull)
 
@@ -782,17 +784,15 @@ def answer_with_all(chat: Chat, turn: Turn, hidden: Sequence[str] = ()) -> dict[
     return answers
 
 
-def show_comparison(chat: Chat, answers: dict[str, Answer], heads: Iterable[str] = ()) -> None:
-    """The answers beside each other; under `heads` instead of their names they are not to be recognized."""
+def show_comparison(chat: Chat, answers: dict[str, Answer]) -> None:
+    """The answers beside each other; words are marked that the first answer, or in it the second one, has nowhere."""
     first, second, *_ = answers.values()
     rows, plain = [], not can_repaint(chat.console)
-    for head, answer in zip(heads or answers, answers.values(), strict=True):
+    for name, answer in answers.items():
         other = second if answer is first else first
-        told = ("", answer.text) if heads else (speed_of(answer), marked(answer.text, other.text, plain))
-        rows.append((head, *told))
-    chat.console.file.write(render(chat.console, side_by_side(rows, chat.console.width)) + "\n\n")
-    if not heads:
-        chat.note(f"seed {first.seed} for all; words that differ are marked")
+        rows.append((name, speed_of(answer), marked(answer.text, other.text, plain)))
+    print_columns(chat.console, rows)
+    chat.note(f"seed {first.seed} for all; words that differ are marked")
 
 
 def show_divergence(chat: Chat, answers: dict[str, Answer]) -> None:
@@ -854,7 +854,7 @@ def cmd_vote(chat: Chat, rest: str) -> None:
     first, *others = answers
     pair = [first, chat.adapter_name if chat.adapter_name in others else others[0]]
     random.SystemRandom().shuffle(pair)
-    show_comparison(chat, {name: answers[name] for name in pair}, "AB")
+    print_columns(chat.console, [(letter, "", answers[name].text) for letter, name in zip("AB", pair, strict=True)])
     vote = chat.ask("Which is better? a, b, = (alike), Enter: no vote").lower()
     if vote not in ("a", "b", "="):
         chat.note("No vote")
@@ -1014,7 +1014,7 @@ def show_blind(review: Review, question: dict, console: Console, progress: str) 
     rows = [(letter, "", answer["text"] or "(empty)") for letter, answer in zip(LETTERS, answers, strict=False)]
     say(console, "\n" + f"-- {progress} ".ljust(console.width - 1, "-"), "dim")
     say(console, question["question"] + "\n", "bold")
-    console.file.write(render(console, side_by_side(rows, console.width)) + "\n\n")
+    print_columns(console, rows)
     say(console, f"Best? {' '.join(LETTERS[: len(rows)])}   n: none   s: skip   u: undo   q: stop", "dim")
     return answers
 
@@ -1568,6 +1568,10 @@ def side_by_side(answers: list[tuple[str, str, str | Text]], width: int) -> Rend
     return make_table(rows, [{"ratio": 1, "overflow": "fold"}] * columns, expand=True)
 
 
+def print_columns(console: Console, answers: list[tuple[str, str, str | Text]]) -> None:
+    console.file.write(render(console, side_by_side(answers, console.width)) + "\n\n")
+
+
 def rows_read(answers: Iterable[Answer]) -> Iterator[str]:
     """Lines that name the looked-up rows in the prompts of these answers."""
     for rows, readers in itertools.groupby(answers, lambda answer: answer.rows):
@@ -1633,8 +1637,6 @@ def make_session(chat: Chat) -> Any:
 
 
 def make_history(chat: Chat) -> Any:
-    """In a file, and in memory alone where that cannot be written."""
-
     class PrivateHistory(prompt_toolkit.history.FileHistory):
         def store_string(self, string: str) -> None:
             try:
@@ -1643,11 +1645,7 @@ def make_history(chat: Chat) -> Any:
             except OSError as error:
                 chat.trouble = chat.trouble or brief(error)
 
-    try:
-        return PrivateHistory(str(state_file("chat_history")))
-    except OSError as error:
-        chat.trouble = brief(error)
-        return prompt_toolkit.history.InMemoryHistory()
+    return PrivateHistory(str(state_file_or_null("chat_history")))
 
 
 def make_keys(chat: Chat) -> Any:
