@@ -56,7 +56,7 @@ lora_layers, prompt_toolkit = map(finetune.Lazy, ("peft.tuners.lora", "prompt_to
 # Must not import anything heavy, so that --help and bad flags answer at once.
 
 BASE = "base"  # the name under which the model without adapter answers
-CACHE_SIZE = 512  # tokens that a new static KV cache holds; doubled when full, as attention reads all of it
+CACHE_SIZE = 512  # tokens that a new static KV cache holds; small, as attention reads all of it; doubled when full
 PREFILL = 512  # prompt tokens in one forward: Ctrl-C is heard between two of them
 WINDOW = 64  # prompt tokens in one CUDA graph of prefill: about as many as a next question has
 REPEAT_LAST = 64  # tokens that repeat_penalty looks back over, as in ollama
@@ -64,9 +64,10 @@ TURN_LENGTH = 8  # tokens that one model writes in /compare before the next one'
 TOP = 3  # most likely tokens that /compare shows where two answers diverge
 PROBE = "What does this cover?"  # an adapter that changes no logit after this question has no effect
 NO_EFFECT = "has no effect: its logits are the base's"
-RETRIEVED, WITH_ROWS = "retrieved", "+rows"  # the base with looked-up rows in its prompt; what an adapter's name gets
-NEAR, SAME = 55, 70  # percent alike from which a question counts as near, as the same in other words
-NARROW = 38  # below this width, columns of /compare are shown one under the other
+RETRIEVED = "retrieved"  # the name under which the base answers with looked-up rows in its prompt
+WITH_ROWS = "+rows"  # what follows an adapter's name when it answers so
+NEAR, SAME = 55, 70  # two questions so many percent alike are near; so many, the same in other words
+NARROW = 38  # columns of /compare that would be narrower are shown one under the other
 KEPT = Path("data/kept.jsonl")  # where /keep collects rows
 
 
@@ -242,7 +243,7 @@ def run_chat(options: Options, source: Source, adapters: list[Adapter], out: Tex
     exit_on_signals()
     chat = Chat(options, source, adapters, Future(), out)
     loader = ThreadPoolExecutor(1, "load")
-    chat.loading = loader.submit(load)  # only now: the prompt's own imports would wait for those of torch
+    chat.loading = loader.submit(load)  # after Chat() has made the prompt, whose imports would wait for torch's
     chat.loading.add_done_callback(chat.stop_prompt)
     loader.shutdown(wait=False)  # the thread ends with its work
     chat.run()
@@ -372,7 +373,7 @@ class Chat:
         return line
 
     def stop_prompt(self, loading: Future[Engine]) -> None:
-        """Called in the other thread when the model is there; if it could not be loaded, nobody need type on."""
+        """Called in the loading thread at its end; if the model could not be loaded, it ends the prompt too."""
         app = self.session.app
         if loading.exception() and app.loop:
             app.loop.call_soon_threadsafe(lambda: app.is_running and not app.is_done and app.exit(result=""))
@@ -666,7 +667,7 @@ def cmd_score(chat: Chat, rest: str) -> None:
 
 
 def write_file(chat: Chat, path: Path, text: str, done: str) -> None:
-    """Not over another file, unless the person says so."""
+    """Write a file; one that is there already only if the person says so."""
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; name a file in it")
     if not path.exists() or chat.ask(f"{path} is there already. Overwrite it? [y/N]").lower() in ("y", "yes"):
@@ -772,7 +773,7 @@ def answer_with_all(chat: Chat, turn: Turn, hidden: Sequence[str] = ()) -> dict[
             else:
                 area.paint(side_by_side([(a.model, speed_of(a), a.text) for a in answers.values()], chat.console.width))
     area.erase()
-    if chat.console.size != size:  # where a terminal does not reflow its lines, this went too far up
+    if chat.console.size != size:  # a terminal that does not reflow its lines has lost the one of the question
         chat.note(f">>> {turn.question}")
     answers = {name: answer for name, answer in answers.items() if answer.text}
     if len(answers) < 2:
@@ -940,7 +941,7 @@ def open_review(name: str) -> Review:
 def read_votes(review: Review, path: Path, fix: str) -> list[dict]:
     """The votes in review.json, or in a file that the page has saved. Raises BadInput if damaged, or of another run."""
     run = {"seed": review.blind["seed"], "answers": review.blind["answers"]}
-    run["adapter"] = finetune.harmless(review.path.parent.name)  # of these each of the two files names some
+    run["adapter"] = finetune.harmless(review.path.parent.name)  # each of the two files names some of these three
     answers = {question["id"]: question["answers"] for question in review.blind["questions"]}
     try:
         saved = finetune.read_json(path)
@@ -1147,7 +1148,8 @@ class Conversation:
         """The messages, and how many more of the oldest turns were left out to keep within `room` tokens."""
         before, messages = self.skipped, self.messages(question)
         used = count(messages)
-        target = room if used <= room else room * 3 // 4  # as every model has to read the rest anew
+        # After a cut every model reads the rest anew: to three quarters, so that the next question needs none.
+        target = room if used <= room else room * 3 // 4
         while used > target and self.skipped < len(self.turns):
             self.skipped += 1
             messages = self.messages(question)
@@ -1491,7 +1493,7 @@ def opens_block(lines: list[str]) -> bool:
 
 
 def may_break(word: str, width: int) -> bool:
-    """Too long to wait for its end, or of a script without spaces."""
+    """Whether a word need not stay whole: it is too long to wait for its end, or of a script without spaces."""
     return cell_len(word) > min(24, width - 1) or cell_len(word) > len(word)
 
 
@@ -1592,7 +1594,7 @@ def speed_of(answer: Answer) -> str:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event; a second one raises KeyboardInterrupt. What is typed is not echoed into the answer."""
+    """Ctrl-C sets the event; a second one raises KeyboardInterrupt. Keys are not echoed into the answer meanwhile."""
     event = threading.Event()
 
     def handle(*_: Any) -> None:
@@ -1640,7 +1642,7 @@ def make_history(chat: Chat) -> Any:
     class PrivateHistory(prompt_toolkit.history.FileHistory):
         def store_string(self, string: str) -> None:
             try:
-                Path(self.filename).stat()  # if someone has deleted it, no new one that others may read
+                Path(self.filename).stat()  # raises if it was deleted: a new one could be read by others
                 super().store_string(readable(string))
             except OSError as error:
                 chat.trouble = chat.trouble or brief(error)
@@ -1742,7 +1744,8 @@ class Engine:
         if model.fast:
             model.forward(logits.argmax()[None])
         if model.key:
-            base = ChatModel(self, BASE, None, model.tokenizer, plain=not model.fast)  # the two ways round differently
+            # On the same path as the adapter: the fast and the plain one round differently.
+            base = ChatModel(self, BASE, None, model.tokenizer, plain=not model.fast)
             model.no_effect = torch.allclose(logits, base.prefill(base.rewind(ids, 1.0)), rtol=0, atol=1e-6)
         self.models[model.name] = model
         return model
@@ -1908,7 +1911,7 @@ class ChatModel:
         self.stops, self.no_effect = stop_ids(tokenizer, engine.network), False
         self.cache: Any = None  # a StaticKV with the fast decoder, else transformers' DynamicCache
         self.cached: list[int] = []  # the tokens at its start that are known to be there
-        self.length = 0  # how many it really holds; -1: an error came in between
+        self.length = 0  # how many it holds in fact; -1: not known, after an error
         self.strength = 1.0  # the adapter's when it read them
         self.asked: list[dict] = []  # the messages of the last prompt, and that prompt: the chat counts before it asks
         self.prompted: tuple[tuple[dict, ...], list[finetune.Row], list[int]] = ((), [], [])
@@ -1982,7 +1985,8 @@ class ChatModel:
     def capture_ahead(self) -> None:
         """Record the CUDA graph of the next question's prefill; reads nothing. 0.3 s, once for each cache size."""
         end = len(self.cached) + WINDOW
-        if self.fast and self.fast.graphs and end <= self.engine.context and not self.rows:  # those make it longer
+        # With looked-up rows a question is longer than the window.
+        if self.fast and self.fast.graphs and end <= self.engine.context and not self.rows:
             with torch.inference_mode():
                 self.fast.capture(self.static_cache(end), self.key, WINDOW, len(self.cached))
 
