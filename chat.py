@@ -597,10 +597,12 @@ def cmd_adapter(chat: Chat, rest: str) -> None:
 def list_models(chat: Chat) -> None:
     rows = []
     for name, model in chat.engine.models.items():
-        what = model.adapter.summary if model.adapter else f"{chat.source.id}, without adapter"
-        what = NO_EFFECT if model.no_effect else what
         if model.rows:
             what = f"with the {finetune.LOOKED_UP} nearest of {len(model.rows)} rows that taught {model.adapter.name}"
+        elif model.adapter:
+            what = NO_EFFECT if model.no_effect else model.adapter.summary
+        else:
+            what = f"{chat.source.id}, without adapter"
         rows.append(("*" if name == chat.model_name else " ", Text(clean(name), "bold"), Text(what, "dim")))
     others = (clean(name) for name in finetune.adapters_on_disk() if name not in chat.engine.models)
     rows += [(" ", Text(name), Text(f"on disk; /adapter {name} loads it", "dim")) for name in others]
@@ -786,7 +788,7 @@ def answer_with_all(chat: Chat, turn: Turn, hidden: Sequence[str] = ()) -> dict[
 
 
 def show_comparison(chat: Chat, answers: dict[str, Answer]) -> None:
-    """The answers beside each other; words are marked that the first answer, or in it the second one, has nowhere."""
+    """The answers beside each other. Words are marked that the first (in the first: the second) does not have."""
     first, second, *_ = answers.values()
     rows, plain = [], not can_repaint(chat.console)
     for name, answer in answers.items():
