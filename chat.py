@@ -174,14 +174,18 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: Options, out: TextIO, err: TextIO) -> None:
     """A chat if there is a terminal and no question, else a script."""
-    if hasattr(sys.stdin, "reconfigure"):
+    at_terminal = bool(sys.stdin and sys.stdin.isatty())
+    if at_terminal:  # which is put back as it was when a signal ends the program
+        for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
+            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+    elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a pipe may hold any bytes
     if options.review is not None or options.votes:
         run_review(options, out)
         return
     source, adapters = choose_models(options)
     talks = options.question is None and not (options.json or options.whole_input) and out.isatty()
-    if talks and sys.stdin and sys.stdin.isatty():
+    if talks and at_terminal:
         run_chat(options, source, adapters, out)
     else:
         run_script(options, source, adapters, out, err)
@@ -240,19 +244,12 @@ def run_chat(options: Options, source: Source, adapters: list[Adapter], out: Tex
         engine.find_rows()
         return engine
 
-    exit_on_signals()
     chat = Chat(options, source, adapters, Future(), out)
     loader = ThreadPoolExecutor(1, "load")
     chat.loading = loader.submit(load)  # after Chat() has made the prompt, whose imports would wait for torch's
     chat.loading.add_done_callback(chat.stop_prompt)
     loader.shutdown(wait=False)  # the thread ends with its work
     chat.run()
-
-
-def exit_on_signals() -> None:
-    """So that the terminal is put back as it was."""
-    for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-        signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
 
 
 def describe(error: Exception) -> str:
@@ -1028,7 +1025,6 @@ def single_keys() -> Iterator[Callable[[], str]]:
     if not (sys.stdin and sys.stdin.isatty()):
         yield lambda: next(iter(sys.stdin or ()), "q").strip()[:1].lower()
         return
-    exit_on_signals()
     keys, layout = prompt_toolkit.key_binding.KeyBindings(), prompt_toolkit.layout
     keys.add("<any>")(lambda event: event.app.exit(result=event.data.lower()))
     nothing = {"layout": layout.Layout(layout.Window()), "output": prompt_toolkit.output.DummyOutput()}
