@@ -1446,14 +1446,13 @@ class AnswerWriter:
         """Write what is new of the line that is coming. With its first word it is known whether it opens a block."""
         if not line.strip():
             return
-        if self.rows_above().startswith(self.shown) and opens_block(self.block):
+        above = "".join(break_rows(finished, self.width) + "\n" for finished in self.block[:-1])
+        if above.startswith(self.shown) and opens_block(self.block):
             self.finish_block()
-        rows = self.rows_above() + break_rows(line, self.width)
+            above = ""
+        rows = above + break_rows(line, self.width)
         self.file.write(rows[len(self.shown) :])
         self.shown = rows
-
-    def rows_above(self) -> str:
-        return "".join(break_rows(line, self.width) + "\n" for line in self.block[:-1])
 
     def finish_block(self) -> None:
         *lines, coming = self.block
@@ -1513,7 +1512,8 @@ class Area:
     """Lines at the bottom of the screen that are painted anew until they are final; never more than fit."""
 
     def __init__(self, console: Console):
-        self.console, self.lines, self.painted = console, [], 0.0
+        self.console, self.painted = console, 0.0
+        self.lengths: list[int] = []  # of the lines that were painted
 
     def paint(self, what: RenderableType) -> None:
         if not can_repaint(self.console) or time.monotonic() - self.painted < 0.1:
@@ -1523,15 +1523,14 @@ class Area:
         # Line over line, and only then what is left below: a screen that is erased first would flicker.
         self.console.file.write(self.to_top() + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
         self.console.file.flush()
-        self.lines = [Text.from_ansi(line).cell_len for line in lines]
+        self.lengths = [Text.from_ansi(line).cell_len for line in lines]
 
     def erase(self) -> None:
-        self.console.file.write(self.to_top() + "\x1b[J" if self.lines else "")
-        self.lines = []
+        self.console.file.write(self.to_top() + "\x1b[J" if self.lengths else "")
 
     def to_top(self) -> str:
         """In a window that has become narrower, terminals break the lines that no longer fit."""
-        rows = sum(max(1, math.ceil(length / self.console.width)) for length in self.lines)
+        rows = sum(max(1, math.ceil(length / self.console.width)) for length in self.lengths)
         return f"\x1b[{rows}A\r" if rows else ""
 
 
@@ -2061,7 +2060,7 @@ def stop_ids(tokenizer: Any, network: Any) -> frozenset[int]:
     whole = chat_ids(tokenizer, [*question, {"role": "assistant", "content": "2"}], add_generation_prompt=False)
     special = set(tokenizer.all_special_ids) - {tokenizer.bos_token_id}
     wanted = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-    return frozenset((wanted | {token for token in whole[len(before) :] if token in special}) - {None})
+    return frozenset((wanted | (set(whole[len(before) :]) & special)) - {None})
 
 
 def with_seed(parameters: Parameters) -> Parameters:
