@@ -33,7 +33,7 @@ import traceback
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TextIO, get_type_hints
+from typing import Annotated, Any, TextIO, get_type_hints
 
 import psutil
 import tyro
@@ -695,7 +695,7 @@ def cmd_load(chat: Chat, path: Path) -> None:
 def show_last_turn(chat: Chat) -> None:
     for turn in chat.conversation.turns[-1:]:
         chat.note(f">>> {turn.question}")
-        write_answer(chat.console, [Piece(turn.reply.text, turn.reply)])
+        write_answer(chat.console, [turn.reply])
 
 
 def cmd_read(chat: Chat, path: Path) -> None:
@@ -765,8 +765,8 @@ def answer_with_all(chat: Chat, turn: Turn, hidden: Sequence[str] = ()) -> dict[
     answers = {name: Answer(name) for name in names}
     area, size = Area(chat.console), chat.console.size
     with interruptible() as stop:
-        for piece in chat.engine.compare(messages, names, chat.parameters, stop):
-            answers[piece.answer.model] = piece.answer
+        for answer in chat.engine.compare(messages, names, chat.parameters, stop):
+            answers[answer.model] = answer
             if hidden:
                 area.paint(Text(f"{len(names)} models answer: {sum(a.tokens for a in answers.values())} tokens", "dim"))
             else:
@@ -1075,19 +1075,14 @@ class Answer:
         spent = self.seconds - (self.first_token or 0)
         return (self.tokens - 1) / spent if self.tokens > 1 and spent > 0 else 0.0
 
-    def grow(self, text: str, token: int | None, seconds: float) -> Piece:
+    def grow(self, text: str, token: int | None, seconds: float) -> Answer:
         text = text if self.text else text.lstrip()  # Mistral's template leaves its space to the answer
         self.text += text
         self.seconds += seconds
         if token is not None:
             self.ids.append(token)
             self.tokens += 1
-        return Piece(text, self)
-
-
-class Piece(NamedTuple):
-    text: str  # whole characters only; may be empty
-    answer: Answer  # as it stands; it grows
+        return self
 
 
 @dataclasses.dataclass
@@ -1466,13 +1461,14 @@ class AnswerWriter:
         self.block, self.shown, self.width = [coming], "", self.console.width
 
 
-def write_answer(console: Console, pieces: Iterable[Piece]) -> Answer:
-    """Write an answer as it comes; returns it."""
-    writer = AnswerWriter(console)
-    for piece in pieces:
-        writer.feed(piece.text)
+def write_answer(console: Console, growing: Iterable[Answer]) -> Answer:
+    """Write an answer each time that it has grown; returns it."""
+    writer, written = AnswerWriter(console), 0
+    for answer in growing:
+        writer.feed(answer.text[written:])
+        written = len(answer.text)
     writer.close()
-    return piece.answer
+    return answer
 
 
 def opens_block(lines: list[str]) -> bool:
@@ -1709,8 +1705,8 @@ class Engine:
 
     adapter = read_adapter(Path("adapters/faq_sample-smollm2"))
     engine = Engine(finetune.find_model(None, gpu=False), adapters=[adapter])
-    for piece in engine.stream([{"role": "user", "content": "Hello"}], "base", Parameters()):
-        print(piece.text, end="")
+    for answer in engine.stream([{"role": "user", "content": "Hello"}], "base", Parameters()):
+        print(answer.tokens, answer.text)
     """
 
     def __init__(self, source: Source, num_ctx: int = 4096, adapters: Iterable[Adapter] = ()):
@@ -1812,8 +1808,8 @@ class Engine:
 
     def stream(
         self, messages: list[dict], name: str, parameters: Parameters, stop: threading.Event | None = None, top: int = 0
-    ) -> Iterator[Piece]:
-        """An answer as it comes, with the `top` most likely tokens at each step. `stop` ends it between two tokens."""
+    ) -> Iterator[Answer]:
+        """The answer, each time it has grown, and the `top` likeliest tokens at each step. `stop` ends it early."""
         began = time.perf_counter()
         model = self.models[name]
         _, rows, ids = model.prompt(messages)
@@ -1858,22 +1854,22 @@ class Engine:
         yield answer.grow(rest, None, time.perf_counter() - began)
 
     def answer(self, *question: Any) -> Answer:
-        """What stream() would give, at once."""
-        return list(self.stream(*question))[-1].answer
+        """What stream() gives in the end."""
+        return list(self.stream(*question))[-1]
 
     def compare(
         self, messages: list[dict], names: Iterable[str], parameters: Parameters, stop: threading.Event | None = None
-    ) -> Iterator[Piece]:
+    ) -> Iterator[Answer]:
         """All the models' answers, some tokens each in turn. A batch of them would round differently from one alone."""
         parameters = with_seed(parameters)
         streams = [self.stream(messages, name, parameters, stop, TOP) for name in names]
         while streams:
             for stream in list(streams):
                 for _ in range(TURN_LENGTH):
-                    if (piece := next(stream, None)) is None:
+                    if (answer := next(stream, None)) is None:
                         streams.remove(stream)
                         break
-                    yield piece
+                    yield answer
 
     def score(self, messages: list[dict], text: str, name: str, strength: float = 1.0) -> tuple[float, int]:
         """Mean log-probability of `text` (and the EOS after it) as the answer, and how many tokens that are."""

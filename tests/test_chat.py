@@ -85,11 +85,11 @@ def test_base_and_adapter_answer_as_plain_generate_and_peft_do(engine, reference
 def test_compare_gives_what_each_would_say_alone(engine):
     for parameters in (GREEDY, Parameters(seed=11, num_predict=12)):
         alone = {name: engine.answer(ask(QUESTIONS[0]), name, parameters) for name in engine.models}
-        pieces = list(engine.compare(ask(QUESTIONS[0]), engine.models, parameters))
-        together = {piece.answer.model: piece.answer for piece in pieces}
+        growing = list(engine.compare(ask(QUESTIONS[0]), engine.models, parameters))
+        together = {answer.model: answer for answer in growing}
         assert {name: answer.ids for name, answer in together.items()} == {n: a.ids for n, a in alone.items()}
         assert together[BASE].seed == together["faq-smollm2"].seed
-        seen = [piece.answer.model for piece in pieces]
+        seen = [answer.model for answer in growing]
         assert BASE in seen[seen.index("faq-smollm2") :], "they should take turns, not wait for each other"
     place = chat.first_difference(together[BASE], together["faq-smollm2"])
     assert len(together[BASE].top[place]) == chat.TOP
@@ -112,10 +112,9 @@ def test_second_turn_reads_only_what_is_new(engine):
 
 def test_an_interrupted_answer_leaves_a_valid_cache(engine):
     stop = threading.Event()
-    for piece in engine.stream(ask(QUESTIONS[0]), "faq-smollm2", GREEDY, stop):
-        if piece.answer.tokens == 6:
+    for cut in engine.stream(ask(QUESTIONS[0]), "faq-smollm2", GREEDY, stop):
+        if cut.tokens == 6:
             stop.set()
-    cut = piece.answer
     assert cut.stop == "interrupted" and cut.tokens == 6
     whole = engine.answer(ask(QUESTIONS[0]), "faq-smollm2", GREEDY)
     assert whole.ids[:6] == cut.ids and whole.cached_tokens > 0
@@ -177,8 +176,8 @@ def test_looked_up_rows_stand_in_the_prompt_as_in_evaluation(looking_up):
         assert answer.ids == same.ids and answer.rows == [row.question for row in near] and not same.rows
         score = looking_up.score(turns, "You pay twice.", name)
         assert score == looking_up.score(list(finetune.with_rows(turns, near)), "You pay twice.", plain)
-    pieces = looking_up.compare(turns, looking_up.models, GREEDY)
-    together = {piece.answer.model: piece.answer.ids for piece in pieces}
+    growing = looking_up.compare(turns, looking_up.models, GREEDY)
+    together = {answer.model: answer.ids for answer in growing}
     assert together == {name: looking_up.answer(turns, name, GREEDY).ids for name in looking_up.models}
     assert len({tuple(ids) for ids in together.values()}) > 2
 
