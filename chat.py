@@ -1306,19 +1306,19 @@ def read_adapter(path: Path) -> Adapter:
     return Adapter(path, str(trained_on), run)
 
 
-def sound_adapters() -> Iterator[Adapter]:
-    """Those on the disk, newest first, one after the other. What is broken is named and left out."""
+def newest_adapter(base: str | None = None) -> list[Adapter]:
+    """The newest on the disk (on this base), or none. What is broken is named and left out."""
     for name in finetune.adapters_on_disk():
         try:
             adapter = read_adapter(finetune.find_adapter(name, "adapter"))
             # Reads the header, and sees if the file is whole.
             with safetensors.safe_open(adapter.path / "adapter_model.safetensors", "np"):
-                sound = adapter
+                if base in (None, adapter.base):
+                    return [adapter]
         except (BadInput, safetensors.SafetensorError, OSError) as error:
             problem = str(error) if isinstance(error, BadInput) else f"adapter {name}: is damaged: {brief(error)}"
             finetune.console.print(Text(f"chat.py: left out: {clean(problem)}"), soft_wrap=True)
-        else:
-            yield sound
+    return []
 
 
 def choose_models(options: Options) -> tuple[Source, list[Adapter]]:
@@ -1326,9 +1326,8 @@ def choose_models(options: Options) -> tuple[Source, list[Adapter]]:
     named = [read_adapter(finetune.find_adapter(name, "--adapter")) for name in options.adapter]
     if options.model:
         source = finetune.find_model(options.model, gpu=False)
-        fitting = (adapter for adapter in sound_adapters() if adapter.base == source.id)
-        return source, named or list(itertools.islice(fitting, 1))
-    adapters = named or list(itertools.islice(sound_adapters(), 1))
+        return source, named or newest_adapter(source.id)
+    adapters = named or newest_adapter()
     if not adapters:
         finetune.guard_torchvision()
         return finetune.find_model(None, finetune.has_gpu()), []
