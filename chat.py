@@ -460,15 +460,14 @@ class Chat:
         self.last = answer
         for line in rows_read([answer]):
             self.note(line)
-        ends = {
-            "interrupted": "Stopped; what came is kept",
-            "num_predict": f"Stopped at num_predict {answer.tokens}; /set parameter num_predict -1 lets it end",
-            "context": "Stopped: the context is full",
-        }
         if not answer.text:
             self.note("No answer came; the question is not kept")
-        elif answer.stop in ends:
-            self.note(ends[answer.stop], "yellow" if answer.stop == "context" else "dim")
+        elif answer.stop == "interrupted":
+            self.note("Stopped; what came is kept")
+        elif answer.stop == "num_predict":
+            self.note(f"Stopped at num_predict {answer.tokens}; /set parameter num_predict -1 lets it end")
+        elif answer.stop == "context":
+            self.note("Stopped: the context is full", "yellow")
         self.engine.models[name].capture_ahead()
 
     def last_turn(self) -> Turn:
