@@ -478,7 +478,8 @@ class Chat:
     @property
     def context_used(self) -> int:
         """Tokens of the conversation. The toolbar asks at every key; it is tokenized when it has changed."""
-        return self.engine.count(self.conversation.messages(), self.model_name) if self.conversation.turns else 0
+        sent = self.conversation.turns[self.conversation.skipped :]  # none if the last question got no answer
+        return self.engine.count(self.conversation.messages(), self.model_name) if sent else 0
 
     def toolbar(self) -> str:
         """As many of these facts as fit, the most wanted first."""
@@ -1802,7 +1803,7 @@ class Engine:
         self.active = (key, strength)
 
     def count(self, messages: list[dict], name: str) -> int:
-        return len(self.models[name].tokenize(messages)) if messages else 0
+        return len(self.models[name].tokenize(messages))
 
     def stream(
         self, messages: list[dict], name: str, parameters: Parameters, stop: threading.Event | None = None, top: int = 0
