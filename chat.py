@@ -552,9 +552,8 @@ def cmd_system(chat: Chat, rest: str) -> None:
 def cmd_set(chat: Chat, rest: str) -> None:
     """parameter NAME VALUE: temperature, strength, ...; alone: show them"""
     words = rest.replace("=", " ").split()
-    words = words[1:] if words[:1] == ["parameter"] else words
-    name, *values = words or [None]
-    if words and name not in PARAMETERS:
+    name, *values = (words[1:] if words[:1] == ["parameter"] else words) or [""]
+    if name and name not in PARAMETERS:
         there = finetune.nearest(name, PARAMETERS) or f"; there are: {', '.join(PARAMETERS)}"
         raise BadInput(f"no parameter {name}{there}")
     if len(values) > 1:
@@ -563,7 +562,7 @@ def cmd_set(chat: Chat, rest: str) -> None:
         changed = {name: parse_parameter(name, value, name)}
         chat.conversation.parameters = dataclasses.replace(chat.parameters, **changed)
     shown = {n: "random" if value is None else str(value) for n, value in dataclasses.asdict(chat.parameters).items()}
-    if words:
+    if name:
         chat.note(f"{name} = {shown[name]}")
     else:
         rows = ((Text(n, "bold"), shown[n], Text(help_, "dim")) for n, (*_, help_) in PARAMETERS.items())
