@@ -1306,18 +1306,18 @@ def read_adapter(path: Path) -> Adapter:
 
 
 def newest_adapter(base: str | None = None) -> list[Adapter]:
-    """The newest on the disk (on this base), or none. What is broken is named and left out."""
+    """The newest on the disk (on this base), or none. All that is broken is named and left out."""
+    sound = []
     for name in finetune.adapters_on_disk():
         try:
             adapter = read_adapter(finetune.find_adapter(name, "adapter"))
             # Reads the header, and sees if the file is whole.
             with safetensors.safe_open(adapter.path / "adapter_model.safetensors", "np"):
-                if base in (None, adapter.base):
-                    return [adapter]
+                sound += [adapter] if base in (None, adapter.base) else []
         except (BadInput, safetensors.SafetensorError, OSError) as error:
             problem = str(error) if isinstance(error, BadInput) else f"adapter {name}: is damaged: {brief(error)}"
             finetune.console.print(Text(f"chat.py: left out: {clean(problem)}"), soft_wrap=True)
-    return []
+    return sound[:1]
 
 
 def choose_models(options: Options) -> tuple[Source, list[Adapter]]:
