@@ -1150,9 +1150,10 @@ class Conversation:
         return self.turns.pop()
 
     def as_json(self) -> dict:
-        turns = [dataclasses.asdict(turn) for turn in self.turns]
-        for turn in turns:
-            turn["replies"] = [{name: reply[name] for name in SAVED} for reply in turn["replies"]]
+        turns = []
+        for turn in self.turns:
+            replies = [{name: getattr(reply, name) for name in SAVED} for reply in turn.replies]
+            turns.append({"question": turn.question, "replies": replies, "chosen": turn.chosen})
         parameters = dataclasses.asdict(self.parameters)
         return {"format": "faq-finetune chat 1", "system": self.system, "parameters": parameters, "turns": turns}
 
