@@ -912,7 +912,7 @@ def run_review(options: Options, out: TextIO) -> None:
         else:
             with single_keys() as read_key:
                 ask_votes(review, console, read_key)
-    except (KeyboardInterrupt, EOFError):  # EOFError: the terminal is gone
+    except KeyboardInterrupt:
         pass  # every vote is on disk
     finally:
         if review.path.exists():
@@ -1024,12 +1024,18 @@ def single_keys() -> Iterator[Callable[[], str]]:
     if not (sys.stdin and sys.stdin.isatty()):
         yield lambda: next(iter(sys.stdin or ()), "q").strip()[:1].lower()
         return
-    keys, layout = prompt_toolkit.key_binding.KeyBindings(), prompt_toolkit.layout
-    keys.add("<any>")(lambda event: event.app.exit(result=event.data.lower()))
-    nothing = {"layout": layout.Layout(layout.Window()), "output": prompt_toolkit.output.DummyOutput()}
-    app = prompt_toolkit.Application(key_bindings=keys, **nothing)
-    with app.input.raw_mode():  # between two keys too: Ctrl-C is a key, so it cannot come while a file is written
-        yield lambda: app.run(handle_sigint=False)
+    keyboard, pending = prompt_toolkit.input.create_input(), []
+
+    def read_key() -> str:
+        while not pending:
+            if not os.isatty(0):  # the terminal is gone
+                return "q"
+            time.sleep(0.02)
+            pending.extend(keyboard.read_keys() or keyboard.flush_keys())
+        return pending.pop(0).data.lower()
+
+    with keyboard.raw_mode():  # Ctrl-C is a key as any other, so it cannot come while a file is written
+        yield read_key
 
 
 def show_result(review: Review, console: Console) -> None:
