@@ -2529,31 +2529,22 @@ def judge(evaluation: dict) -> dict[str, Any]:
 def numbers_of(evaluation: dict) -> str:
     """All that the verdict went by, as one line."""
     before, prompted, after = (evaluation[arm] for arm in ("before", "prompted", "after"))
-    delta, kept = evaluation["delta"], evaluation["retention"]
-
-    def number(value: float | None, form: str) -> str:
-        return "–" if value is None or not math.isfinite(value) else f"{value:{form}}"
+    delta, general = evaluation["delta"], evaluation["retention"]["change_percent"]
 
     def recalls(part: str) -> str:
         now, was = (number(arm.get(part, {}).get("recall"), ".0%") for arm in (after, before))
         return f"{now}, was {was}"
 
-    def change(name: str, form: str, unit: str = "") -> str:
-        values = [value * (100 if unit else 1) for value in delta.get(name, [math.nan] * 3)]
-        return "{}{} [{}, {}]".format(number(values[0], form), unit, *(number(value, form) for value in values[1:]))
-
-    def mean_of(arm: dict, metric: str, form: str) -> str:
-        return number(arm.get(metric), form)
-
+    points = [100 * value for value in delta.get("recall", [])]
+    chrfs = [number(arm.get("chrf"), ".1f") for arm in (after, before, prompted)]
     parts = [
-        f"recall {recalls('reworded')}, {change('recall', '+.0f', ' points')}",
+        f"recall {recalls('reworded')}, {interval(points, '+.0f', ' points')}",
         f"as trained {recalls('as_trained')}",
-        f"new questions: chrF {mean_of(after, 'chrf', '.1f')}, base {mean_of(before, 'chrf', '.1f')}, "
-        f"{change('chrf', '+.1f')}, told to be brief {mean_of(prompted, 'chrf', '.1f')}, "
-        + change("chrf_vs_prompted", "+.1f"),
-        f"right answer first for {mean_of(after, 'ranking_top1', '.0%')}, chance {evaluation['ranking_chance']:.0%}",
-        f"loss {mean_of(after, 'nll', '.2f')}, {change('nll', '+.2f')}",
-        f"loss on general answers {number(kept['change_percent'], '+.0f')}%",
+        f"new questions: chrF {chrfs[0]}, base {chrfs[1]}, {interval(delta.get('chrf'), '+.1f')}, "
+        f"told to be brief {chrfs[2]}, {interval(delta.get('chrf_vs_prompted'), '+.1f')}",
+        f"right answer first for {number(after.get('ranking_top1'), '.0%')}, chance {evaluation['ranking_chance']:.0%}",
+        f"loss {number(after.get('nll'), '.2f')}, {interval(delta.get('nll'), '+.2f')}",
+        f"loss on general answers {number(general, '+.0f')}%",
     ]
     return "; ".join(parts)
 
@@ -2898,32 +2889,64 @@ def human_sentence(result: dict) -> str:
     return f"{preferred}; {others}, none good {result['none']}{few}"
 
 
-def human_part(run: dict, name: str, review: dict | None) -> dict:
-    """What page and card say of the human verdict: the sentence if there is one, and the command that asks for it."""
-    result = (review or {}).get("result") or {}
-    where = (run.get("config") or {}).get("output_dir") or name
-    where = where if Path(where).name == name else name  # it was moved
-    command = f"python chat.py --review {shlex.quote(str(where))}"
-    part = {"command": harmless(command), "result": result}
-    part["take_in"] = harmless(f"{command} --votes {shlex.quote(f'votes-{name}.json')}")
-    return part | {"sentence": human_sentence(result) if result.get("judged") else ""}
-
-
 def report_page(run: dict, name: str, review: dict | None = None) -> str:
-    """report.html: one page that loads nothing, from data/report.html.jinja, run.json's content and a person's votes
-    (review.json's content). It says which parts a run lacks.
+    """report.html: one page that loads nothing. It says which parts a run lacks."""
+    return render("report.html.jinja", run, name, review)
+
+
+def model_card(run: dict, name: str, review: dict | None = None) -> str:
+    """README.md of the adapter: what the hub reads, and what was measured."""
+    return render("model_card.md.jinja", run, name, review)
+
+
+def render(template: str, run: dict, name: str, review: dict | None) -> str:
+    """A template of data/ filled with run.json's content, of which any part may be missing, and with a person's votes
+    (review.json's content).
     """
-    run = in_todays_form(run)
-    blind, human = blind_questions(run) | {"adapter": harmless(name)}, human_part(run, name, review)
-    page = jinja2.Environment(autoescape=True)
-    page.filters["word_diff"] = word_diff
-    folder = (run.get("config") or {}).get("output_dir") or f"adapters/{name}"
-    run = harmless(run)
-    shown = questions_shown(run) | {"title": harmless(name), "license": base_of(run)[1]}
-    shown["command"] = harmless(f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}")
-    text = (HERE / "data/report.html.jinja").read_text(encoding="utf-8")
-    shown |= {"blind": blind, "human": human}
-    return page.from_string(text).render(run=run, held_out_losses=held_out_losses(run), **shown)
+    run, name, result = harmless(in_todays_form(run)), harmless(name), (review or {}).get("result") or {}
+    config, model = run.get("config") or {}, run.get("model") or {}
+    model_id = str(model.get("id") or "unknown")
+    base, license_of_base = PUBLIC_NAME.get(model_id, model_id), LICENSES.get(model_id)  # as the hub writes it
+    on_hub = model_id in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
+    folder = config.get("output_dir") or f"adapters/{name}"
+    where = folder if config.get("output_dir") and Path(folder).name == name else name  # it was moved
+    to_review = f"python chat.py --review {shlex.quote(where)}"
+    human = {
+        "sentence": human_sentence(result) if result.get("judged") else "",
+        "result": result,
+        "command": to_review,
+        "take_in": f"{to_review} --votes {shlex.quote(f'votes-{name}.json')}",
+    }
+    data = jinja2.FileSystemLoader(HERE / "data")
+    page = jinja2.Environment(loader=data, autoescape="html" in template, keep_trailing_newline=True)
+    # In Markdown's inline code nothing else is Markdown or HTML: there goes what is not ours.
+    page.filters["code"] = lambda text: "`" + " ".join(str(text).replace("`", "'").split()) + "`"
+    page.filters |= {"word_diff": word_diff, "number": number, "interval": interval}
+    return page.get_template(template).render(
+        questions_shown(run),
+        run=run,
+        name=name,
+        base=base,
+        license=license_of_base,
+        on_hub=on_hub,
+        held_out_losses=held_out_losses(run),
+        blind=blind_questions(run) | {"adapter": name},
+        human=human,
+        command=f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}",
+    )
+
+
+def number(value: Any, form: str) -> str:
+    """A number in this format, or a dash where it was not measured."""
+    return f"{value:{form}}" if isinstance(value, (int, float)) and math.isfinite(value) else "–"
+
+
+def interval(values: list[float] | None, form: str, unit: str = "") -> str:
+    """'+1.2 points [+0.4, +2.0]'"""
+    if not values:
+        return "–"
+    middle, low, high = (number(value, form) for value in values)
+    return f"{middle}{unit} [{low}, {high}]"
 
 
 def in_todays_form(run: dict) -> dict:
@@ -2961,38 +2984,6 @@ def questions_shown(run: dict) -> dict[str, list[dict]]:
         "reworded": dice.sample(known, min(KNOWN_SHOWN, len(known))),
         "regressions": worst[:REGRESSIONS_SHOWN],
     }
-
-
-def base_of(run: dict) -> tuple[str, str | None]:
-    """(The base model by its public name, its licence as the hub writes it or None where we do not know it)."""
-    id = str((run.get("model") or {}).get("id") or "unknown")
-    return PUBLIC_NAME.get(id, id), LICENSES.get(id)
-
-
-def model_card(run: dict, name: str, review: dict | None = None) -> str:
-    """README.md of the adapter, from data/model_card.md.jinja: what the hub reads, and what was measured."""
-    run = in_todays_form(run)
-    human = human_part(run, name, review) | {"asks": bool(blind_questions(run)["questions"])}
-    run, name = harmless(run), harmless(" ".join(name.split()))
-    base, license_of_base = base_of(run)
-    model = run.get("model") or {}
-    on_hub = model.get("id") in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
-    meta = {"base_model": base, "base_model_relation": "adapter"} if on_hub else {}
-    meta |= {"library_name": "peft", "pipeline_tag": "text-generation", "license": license_of_base or "unknown"}
-    meta["tags"] = ["lora", "sft", "trl", "question-answering"]
-
-    def number(value: Any, digits: int, scale: float = 1, sign: str = "", unit: str = "") -> str:
-        measured = isinstance(value, (int, float)) and math.isfinite(value)
-        return f"{value * scale:{sign}.{digits}f}{unit}" if measured else "–"
-
-    page = jinja2.Environment(keep_trailing_newline=True)
-    # In Markdown's inline code nothing else is Markdown or HTML: there goes what is not ours.
-    page.filters["code"] = lambda text: "`" + " ".join(str(text).replace("`", "'").split()) + "`"
-    page.filters["number"] = number
-    metadata = yaml.safe_dump(meta, sort_keys=False, allow_unicode=True)
-    text = (HERE / "data/model_card.md.jinja").read_text(encoding="utf-8")
-    about = {"name": name, "metadata": metadata, "base": base, "license": license_of_base, "human": human}
-    return page.from_string(text).render(run=run, **about)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3726,9 +3717,8 @@ def show_evaluation(evaluation: dict) -> None:
             table.add_row(Text(name, style="bold"))
             continue
         arms = [evaluation[arm].get(part, {}) if part else evaluation[arm] for arm in ARMS]
-        change = evaluation["delta"].get(delta)
-        cells = [f"{arm[metric]:{form}}" if metric in arm else "–" for arm in arms]
-        table.add_row(name, *cells, "{} [{}, {}]".format(*(f"{x:+{form}}" for x in change)) if change else "–")
+        cells = [number(arm.get(metric), form) for arm in arms]
+        table.add_row(name, *cells, interval(evaluation["delta"].get(delta), f"+{form}"))
     console.print(table, soft_wrap=not console.is_terminal)
 
 
