@@ -1990,20 +1990,14 @@ def make_eval_set(tokenizer: Tokenizer, data: Data, examples: dict[str, list[Exa
     held_out, train, most = examples["test"], examples["train"], config.eval_questions or KNOWN_QUESTIONS
     groups, asked = [data.group_of[row.id] for row in data.test], questions_asked(config, len(data.test))
     known = known_questions(data.train, config.seed, min(KNOWN_ASKED["gpu" if has_gpu() else "cpu"], most))
-    taken, worded = [row for row, _, _ in known], [other for _, other, _ in known]
+    taken = [row for row, _, _ in known]
     checked = known_questions(data.train, config.seed, min(VALIDATION_QUESTIONS, most), TRAIN_RULES, taken)
-    near = [nearest_rows(row.last_question, data.train, len(data.train)) for row in data.test[:asked]]
-    # A row of the question's own group, which an owner's split may train, would say the answer.
-    apart = [[row for row in rows if data.group_of[row.id] != group] for rows, group in zip(near, groups, strict=False)]
-    shown = [rows_to_show(tokenizer, *pair, config) for pair in zip(data.test, apart, strict=False)]
-    near_known = [nearest_rows(row.last_question, data.train) for row in worded]
-    shown_known = [rows_to_show(tokenizer, *pair, config) for pair in zip(worded, near_known, strict=True)]
+    worded = [to_example(tokenizer, other) for _, other, _ in known]
     words = round(sorted(len(row.answer.split()) for row in data.train)[len(data.train) // 2], -1) or 10
-    in_tokens = [to_example(tokenizer, row) for row in worded]
     own_words, longest = {e.row.id: e for e in train}, max(len(e.input_ids) - e.prompt_length for e in train)
     questions = EvalSet(
-        new=prompts_of_arms(tokenizer, held_out, shown, words, config),
-        reworded=prompts_of_arms(tokenizer, in_tokens, shown_known, words, config),
+        new={"plain": held_out, "brief": told_to_be_brief(tokenizer, held_out, words, config), "rows": []},
+        reworded={"plain": worded, "brief": told_to_be_brief(tokenizer, worded, words, config), "rows": []},
         as_trained=[own_words[row.id] for row in taken],
         asked=asked,
         candidates=candidates_to_rank(held_out, groups, min(asked, RANKED["gpu" if has_gpu() else "cpu"]), config.seed),
@@ -2022,32 +2016,39 @@ def make_eval_set(tokenizer: Tokenizer, data: Data, examples: dict[str, list[Exa
             for row, other, rule in known
         ],
     )
-    nearest_to_own = [nearest_rows(row.last_question, data.train, 1) for row in taken]
-    look_up(questions, near, near_known, nearest_to_own)
-    for record, rows in [*zip(questions.records, shown, strict=False), *zip(questions.known, shown_known, strict=True)]:
-        record["arms"] |= {arm: {"rows": [row.id for row in rows]} for arm in ("retrieved", "after_retrieved")}
+    for row, record in zip(data.test[:asked], questions.records, strict=False):
+        near = nearest_rows(row.last_question, data.train, len(data.train))
+        record["arms"]["lookup"] = likeness(near[0].answer, row.answer) | {"rows": [near[0].id]}
+        # A row of the question's own group, which an owner's split may train, would say the answer.
+        apart = [other for other in near if data.group_of[other.id] != record["group"]]
+        questions.new["rows"].append(behind_rows(tokenizer, row, apart, record, config))
+    for (row, other, _), record in zip(known, questions.known, strict=True):
+        near = nearest_rows(other.last_question, data.train)
+        for part, found in (("arms", near[0]), ("as_trained", nearest_rows(row.last_question, data.train, 1)[0])):
+            own = recall(found.answer, row.answer, questions.train_answers)
+            record[part]["lookup"] = own | {"rows": [found.id]}
+        questions.reworded["rows"].append(behind_rows(tokenizer, other, near, record, config))
     return questions
 
 
-def rows_to_show(tokenizer: Tokenizer, row: Row, near: list[Row], config: Config) -> list[Row]:
-    """The nearest rows, as many of three as fit with question and answer into --max-length: a GPU reads no further."""
-    for count in range(min(LOOKED_UP, len(near)), 0, -1):
-        prompt = with_rows(row.prompt, near[:count])
-        if len(to_example(tokenizer, dataclasses.replace(row, prompt=prompt)).input_ids) <= config.max_length:
-            return near[:count]
-    return []
-
-
-def prompts_of_arms(
-    tokenizer: Tokenizer, plain: list[Example], shown: list[list[Row]], words: int, config: Config
-) -> dict[str, list[Example]]:
-    """Examples as the arms read them: plain, told to be brief, and the first ones after the rows that are shown."""
+def told_to_be_brief(tokenizer: Tokenizer, plain: list[Example], words: int, config: Config) -> list[Example]:
+    """The same questions with BRIEF behind them, where that fits into --max-length."""
     rows = [example.row for example in plain]
     brief = [to_example(tokenizer, row.asking(row.last_question + BRIEF.format(words=words))) for row in rows]
-    fitting = [e if len(e.input_ids) <= config.max_length else own for e, own in zip(brief, plain, strict=True)]
-    pairs = zip(rows, shown, strict=False)
-    after_rows = [dataclasses.replace(row, prompt=with_rows(row.prompt, near)) for row, near in pairs]
-    return {"plain": plain, "brief": fitting, "rows": [to_example(tokenizer, row) for row in after_rows]}
+    return [e if len(e.input_ids) <= config.max_length else own for e, own in zip(brief, plain, strict=True)]
+
+
+def behind_rows(tokenizer: Tokenizer, row: Row, near: list[Row], record: dict, config: Config) -> Example:
+    """The question behind the nearest rows, as many of three as fit with it and its answer into --max-length: a GPU
+    reads no further. The record says which these are.
+    """
+    for count in range(min(LOOKED_UP, len(near)), -1, -1):
+        example = to_example(tokenizer, dataclasses.replace(row, prompt=with_rows(row.prompt, near[:count])))
+        if len(example.input_ids) <= config.max_length:
+            break
+    shown = [other.id for other in near[:count]]
+    record["arms"] |= {arm: {"rows": shown} for arm in ("retrieved", "after_retrieved")}
+    return example
 
 
 def candidates_to_rank(held_out: list[Example], groups: list[int], ranked: int, seed: int) -> list[list[Example]]:
@@ -2059,20 +2060,6 @@ def candidates_to_rank(held_out: list[Example], groups: list[int], ranked: int, 
         chosen = [place, *dice.sample(others, min(RANKED_AMONG - 1, len(others)))]
         candidates.append([held_out[n] for n in chosen])
     return candidates
-
-
-def look_up(
-    questions: EvalSet, near: list[list[Row]], near_known: list[list[Row]], as_trained: list[list[Row]]
-) -> None:
-    """The arm that needs no model: the answer of the nearest training question, whichever group it is of. The lists
-    hold for each question that is asked the rows nearest to it.
-    """
-    for record, rows in zip(questions.records, near, strict=False):
-        record["arms"]["lookup"] = likeness(rows[0].answer, record["reference"]) | {"rows": [rows[0].id]}
-    for part, found in (("arms", near_known), ("as_trained", as_trained)):
-        for record, rows in zip(questions.known, found, strict=True):
-            own = recall(rows[0].answer, record["reference"], questions.train_answers)
-            record[part]["lookup"] = own | {"rows": [rows[0].id]}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2429,31 +2416,30 @@ def bootstrap(values: list[float], groups: list[int], seed: int) -> list[float]:
     return [float(np.mean(values)), float(low), float(high)]
 
 
-def choose_epoch(epochs: list[dict], goal: str, rows: Iterable[int] | None = None) -> int:
+def choose_epoch(epochs: list[dict], goal: str, rows: set[int] | None = None) -> int:
     """The place in training["epochs"] of the epoch that is kept; never 0, which is the base before training.
 
     knowledge: the best recall on reworded questions, among epochs whose chrF on new questions is not below the base's;
     if there is none, the best chrF; of equals the lower loss. style: the lowest loss. `rows`: only these validation
     rows count for loss and chrF. What is not a number is the worst.
     """
-    wanted = None if rows is None else set(rows)
 
-    def over(values: list[float]) -> float:
-        counted = [value for place, value in enumerate(values) if wanted is None or place in wanted]
+    def over(place: int, metric: str) -> float:
+        counted = [value for row, value in enumerate(epochs[place][metric]) if rows is None or row in rows]
         return mean(counted) if counted else math.nan
 
-    def worst_if_nan(value: float) -> float:
-        return value if math.isfinite(value) else -math.inf
+    def gain(place: int) -> float:
+        loss = over(place, "nll")
+        return -loss if math.isfinite(loss) else -math.inf
 
     trained = range(1, len(epochs))
-    gain = {place: worst_if_nan(-over(epochs[place]["nll"])) for place in trained}
     if goal == "style":
-        return max(trained, key=gain.get)
-    chrf_of = [over(epoch["chrf"]) for epoch in epochs]
+        return max(trained, key=gain)
+    chrf_of = [over(place, "chrf") for place in range(len(epochs))]
     if no_worse := [place for place in trained if not chrf_of[place] < chrf_of[0]]:
-        recall_of = [math.nan if epoch["recall"] is None else epoch["recall"] for epoch in epochs]
-        return max(no_worse, key=lambda place: (worst_if_nan(recall_of[place]), gain[place]))
-    return max(trained, key=lambda place: (chrf_of[place], gain[place]))
+        recall_of = [-1 if epoch["recall"] is None else epoch["recall"] for epoch in epochs]
+        return max(no_worse, key=lambda place: (recall_of[place], gain(place)))
+    return max(trained, key=lambda place: (chrf_of[place], gain(place)))
 
 
 def crossfit(epochs: list[dict], records: list[dict], goal: str, seed: int) -> float:
@@ -2463,12 +2449,10 @@ def crossfit(epochs: list[dict], records: list[dict], goal: str, seed: int) -> f
     groups = {record["group"] for record in records}
     if len(epochs) < 2 or len(groups) < 2 or len(epochs[0]["nll"]) != len(records):
         return mean(paired(records, "nll", "after")[0])
-    first_id: dict[int, str] = {}
-    for record in records:
-        first_id.setdefault(record["group"], record["id"])
+    first_id = {record["group"]: record["id"] for record in reversed(records)}
     order = sorted(first_id, key=lambda group: random_key(seed, first_id[group]))
-    halves = [set(order[0::2]), set(order[1::2])]
-    places = [[n for n, record in enumerate(records) if record["group"] in half] for half in halves]
+    halves = (order[0::2], order[1::2])
+    places = [{n for n, record in enumerate(records) if record["group"] in half} for half in halves]
     losses = []
     for own, other in (places, places[::-1]):
         epoch = epochs[choose_epoch(epochs, goal, other)]
