@@ -54,7 +54,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean as mean
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import ftfy
 import jinja2
@@ -1278,18 +1278,18 @@ def fetch_weights(source: Source) -> None:
         files = huggingface_hub.model_info(source.id, revision=source.revision, files_metadata=True).siblings or []
         total = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
         free = shutil.disk_usage(source.folder).free
-        fault = None if total else NO_WEIGHTS
+        if not total:
+            raise BadInput(f"--model {source.id}: {NO_WEIGHTS}")
         if free < total * 1.02:
-            fault = f"needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
-        if not fault:
-            how = {"revision": source.revision, "allow_patterns": ["*.safetensors", "*.json"], "tqdm_class": Bar}
-            with working(f"Downloading {source.id}, once ({total / 1e9:.1f} GB)"):
-                huggingface_hub.snapshot_download(source.id, **how)
+            needed = f"needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
+            raise BadInput(f"--model {source.id}: {needed}")
+        how = {"revision": source.revision, "allow_patterns": ["*.safetensors", "*.json"], "tqdm_class": Bar}
+        with working(f"Downloading {source.id}, once ({total / 1e9:.1f} GB)"):
+            huggingface_hub.snapshot_download(source.id, **how)
     except OSError as error:
         full = "No space left" in str(error)
         fault = "no space left on the disk" if full else "the download broke off; start again to go on"
-    if fault:
-        raise BadInput(f"--model {source.id}: {fault}")
+        raise BadInput(f"--model {source.id}: {fault}") from None
 
 
 def cache_folder() -> Path:
@@ -1490,6 +1490,8 @@ def load_adapter(model: Model, folder: Path) -> None:
 # How it is cut changes speed and memory, never what is learned; only AdamW's moments in 8 bits do, by rounding.
 
 ADAMW, ADAMW_8BIT = "adamw_torch_fused", "adamw_8bit"
+KNOBS = "--max-length, --max-new-tokens or --lora-r"
+OUT_OF_MEMORY = f"Out of memory: not even one row at a time fits. Free some, or lower {KNOBS}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1526,8 +1528,8 @@ def count_weights(shape: dict, config: Config) -> types.SimpleNamespace:
     adapted = [dims[name] for name in config.target_modules if name in dims]
     embeddings = shape["vocab_size"] * hidden * (1 if shape.get("tie_word_embeddings") else 2)
     linear, lora = layers * sum(a * b for a, b in dims.values()), layers * config.lora_r * sum(map(sum, adapted))
-    counts = {"linear": linear, "embeddings": embeddings, "total": linear + embeddings, "lora": lora}
-    return types.SimpleNamespace(**counts, inputs=sum(a for a, _ in adapted))
+    total, inputs = linear + embeddings, sum(a for a, _ in adapted)
+    return types.SimpleNamespace(linear=linear, embeddings=embeddings, total=total, lora=lora, inputs=inputs)
 
 
 def estimate_memory(
@@ -1593,21 +1595,14 @@ def lower_plan(plan: Plan, step: int, gpu: bool) -> Plan:
     cuts = list(dict.fromkeys(option[:2] for option in batch_options(plan.batch, gpu)))
     smaller = cuts[cuts.index((plan.micro_batch_size, plan.gradient_checkpointing)) + 1 :]
     if not smaller and (step or plan.optim == ADAMW_8BIT or not gpu):  # moments made so far are those of one optimizer
-        stop_out_of_memory(step)
+        late = f"Out of memory after {step} updates even at one row per forward. Free memory, then go on with --resume"
+        raise BadInput(late if step else OUT_OF_MEMORY)
     micro, checkpointing = smaller[0] if smaller else (1, True)
     return dataclasses.replace(
         plan, micro_batch_size=micro, gradient_accumulation_steps=plan.batch // micro,
         gradient_checkpointing=checkpointing, optim=plan.optim if smaller else ADAMW_8BIT,
         reason=f"memory ran out at update {step + 1}",
     )  # fmt: skip
-
-
-def stop_out_of_memory(step: int = 0) -> NoReturn:
-    if step:
-        fault = f"Out of memory after {step} updates even at one row per forward"
-        raise BadInput(f"{fault}. Free memory, then run again with --resume")
-    knobs = "--max-length, --max-new-tokens or --lora-r"
-    raise BadInput(f"Out of memory: not even one row at a time fits. Free some, or lower {knobs}")
 
 
 def free_memory(config: Config) -> float | None:
@@ -2145,23 +2140,24 @@ def answer_nll(model: Model, tokenizer: Tokenizer, examples: list[Example], half
     """
 
     def losses(batch: list[int]) -> list[float]:
-        some = [examples[i] for i in batch]
-        width, first = max(len(e.input_ids) for e in some), min(e.prompt_length for e in some)
-        ids = torch.full((len(some), width), tokenizer.pad_token_id)
-        mask, answer = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
-        for n, example in enumerate(some):
-            end = len(example.input_ids)
-            ids[n, :end], mask[n, :end] = torch.tensor(example.input_ids), 1
-            answer[n, example.prompt_length : end] = True
-        ids, mask, answer = (tensor.to(model.device) for tensor in (ids, mask, answer[:, first:]))
+        padded = pad(tokenizer, [examples[i].input_ids for i in batch], "right").to(model.device)
+        starts = torch.tensor([[examples[i].prompt_length] for i in batch], device=model.device)
+        width, first = padded["input_ids"].shape[1], int(starts.min())
+        answer = (padded["attention_mask"].bool() & (torch.arange(width, device=model.device) >= starts))[:, first:]
         kept = width - first + 1  # logits from the first answer token on only
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+        logits = model(**padded, use_cache=False, logits_to_keep=kept).logits[:, :-1]
+        wanted = padded["input_ids"][:, first:][answer]
         # Picked before the softmax: on a CPU that is a quarter of the whole time.
-        each = torch.nn.functional.cross_entropy(logits[answer].float(), ids[:, first:][answer], reduction="none")
+        each = torch.nn.functional.cross_entropy(logits[answer].float(), wanted, reduction="none")
         return [own.mean().item() for own in each.split(answer.sum(1).tolist())]
 
     tokens = 8192 if model.device.type == "cuda" else 1024  # padded ones in a batch
     return in_batches(model, [len(e.input_ids) for e in examples], losses, "losses", tokens=tokens, half=half)
+
+
+def pad(tokenizer: Tokenizer, rows: list[list[int]], side: str) -> transformers.BatchEncoding:
+    """Rows of one width, as tensors: input_ids and attention_mask."""
+    return tokenizer.pad({"input_ids": rows}, padding_side=side, return_attention_mask=True, return_tensors="pt")
 
 
 def rank_answers(
@@ -2213,7 +2209,7 @@ def in_batches(
             report_progress(what, len(results), len(lengths))
             continue
         if len(batches[-1]) == 1:
-            stop_out_of_memory()
+            raise BadInput(OUT_OF_MEMORY)
         batches = [part for batch in batches for part in (batch[: len(batch) // 2], batch[len(batch) // 2 :]) if part]
         for module in model.modules():  # Unsloth's cache of the batch that failed
             for name in ("paged_attention_K", "paged_attention_V", "paged_attention"):
@@ -2234,18 +2230,15 @@ def autocast(model: Model, half: bool = False):
 
 def generate(model: Model, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int) -> list[list[int]]:
     """New token ids, EOS included where one came; greedy, in batches padded on the left."""
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    eos, done = tokenizer.eos_token_id, 0
     # Not the settings that come with the model: some have sampling and a repetition penalty.
-    own = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": pad}
+    own = {"max_new_tokens": max_new_tokens, "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     settings = transformers.GenerationConfig(do_sample=False, **own)
-
-    done = 0
 
     def answers(batch: list[int]) -> list[list[int]]:
         nonlocal done
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch]).to(model.device)
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch]).to(model.device)
+        padded = pad(tokenizer, [prompts[i] for i in batch], "left").to(model.device)
+        width = padded["input_ids"].shape[1]
 
         def count(so_far: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # called after each token
             share = (so_far.shape[1] - width) / max_new_tokens
@@ -2253,7 +2246,7 @@ def generate(model: Model, tokenizer: Tokenizer, prompts: list[list[int]], max_n
             return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)
 
         how = {"generation_config": settings, "stopping_criteria": transformers.StoppingCriteriaList([count])}
-        out = model.generate(input_ids=ids, attention_mask=mask, **how)[:, width:].tolist()
+        out = model.generate(**padded, **how)[:, width:].tolist()
         done += len(batch)
         return [row[: row.index(eos) + 1] if eos in row else row for row in out]
 
@@ -2272,8 +2265,7 @@ def greedy_answers(
 
 def general_prompts(tokenizer: Tokenizer, file: str) -> list[Example]:
     """The prompts of a file in data/ as the model reads them, with no answer yet."""
-    prompts = json.loads((HERE / "data" / file).read_text(encoding="utf-8"))
-    rows = [Row(({"role": "user", "content": prompt},), "", file) for prompt in prompts]
+    rows = [Row(({"role": "user", "content": text},), "", file) for text in read_json(HERE / "data" / file)]
     asked = [chat_ids(tokenizer, list(row.prompt), add_generation_prompt=True) for row in rows]
     return [Example(row, ids, len(ids)) for row, ids in zip(rows, asked, strict=True)]
 
