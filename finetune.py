@@ -463,8 +463,8 @@ class Findings:
 
 
 def read_records(path: Path, found: Findings) -> Iterable[tuple[str, Any]]:
-    """(place, record) of each row, whatever the format. The record of a row that cannot be read is {None: the reason}.
-    Raises BadInput or OSError where the file as a whole cannot be read.
+    """(place, record) of each row, whatever the format. In place of a row that cannot be read comes a BadInput that
+    says why. Raises BadInput or OSError where the file as a whole cannot be read.
     """
     raw, kind = path.read_bytes(), path.suffix.lower()
     if kind in (".xlsx", ".xlsm", ".parquet"):
@@ -491,7 +491,7 @@ def read_records(path: Path, found: Findings) -> Iterable[tuple[str, Any]]:
         loaded = parse_json(text)
     if not isinstance(loaded, list):
         needed = f"the top level is {kind_of(loaded)}, but a list of rows is needed: [{{...}}, ...]"
-        raise BadInput(loaded.get(None, needed) if isinstance(loaded, dict) else needed)
+        raise loaded if isinstance(loaded, BadInput) else BadInput(needed)
     return ((f"{path}, row {n}", record) for n, record in enumerate(loaded, 1))
 
 
@@ -510,33 +510,35 @@ def decode(raw: bytes) -> str:
 
 
 def parse_json(text: str, where: str = "line {}, ") -> Any:
-    """Parse JSON. What is broken, has a key twice or a huge number becomes {None: why}; `where` names its line."""
+    """Parse JSON. In place of what is broken, has a key twice or a huge number comes a BadInput that says so; `where`
+    names its line.
+    """
 
-    def check_keys(pairs: list[tuple[str, Any]]) -> dict:
+    def check_keys(pairs: list[tuple[str, Any]]) -> dict | BadInput:
         values = [v for _, value in pairs for v in (value if isinstance(value, list) else [value])]
-        faults = [value[None] for value in values if isinstance(value, dict) and None in value]
+        faults = [value for value in values if isinstance(value, BadInput)]
         twice = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        faults += [f"has the key {clean(key)!r} twice; remove one" for key in twice]
-        return dict(pairs) | ({None: faults[0]} if faults else {})
+        faults += [BadInput(f"has the key {clean(key)!r} twice; remove one") for key in twice]
+        return faults[0] if faults else dict(pairs)
 
-    def parse_integer(digits: str) -> int | dict:
-        return int(digits) if len(digits) < 4000 else {None: "holds a number with too many digits"}
+    def parse_integer(digits: str) -> int | BadInput:
+        return int(digits) if len(digits) < 4000 else BadInput("holds a number with too many digits")
 
     try:
         return json.loads(text, object_pairs_hook=check_keys, parse_int=parse_integer)
     except json.JSONDecodeError as error:
         hint = "; one object a line is JSON Lines: name it .jsonl" if where and error.msg == "Extra data" else ""
-        return {None: f"broken JSON at {where.format(error.lineno)}column {error.colno}: {error.msg}{hint}"}
+        return BadInput(f"broken JSON at {where.format(error.lineno)}column {error.colno}: {error.msg}{hint}")
     except RecursionError:
-        return {None: "broken JSON: nested too deeply"}
+        return BadInput("broken JSON: nested too deeply")
 
 
 def read_json(path: Path) -> Any:
     """A JSON file. Raises BadInput that names it."""
     try:
         loaded = parse_json(decode(path.read_bytes()))
-        if isinstance(loaded, dict) and None in loaded:
-            raise BadInput(loaded[None])
+        if isinstance(loaded, BadInput):
+            raise loaded
     except (BadInput, OSError, ValueError) as problem:
         raise BadInput(f"{path}: {getattr(problem, 'strerror', problem)}") from None
     return loaded
@@ -587,11 +589,12 @@ def table_records(path: Path, rows: Iterator[list[str]]) -> Iterator[tuple[str, 
     if doubled := [name for name in names if counts[name.casefold()] > 1]:
         raise BadInput(f"the header has {clean(doubled[0])!r} twice; rename one")
     for number, cells in enumerate(rows, 1):
-        fault = None
+        record: dict | BadInput = dict(zip(names, cells, strict=False))
         if len(cells) < len(names) or any(map(str.strip, cells[len(names) :])):
             fault = f"has {len(cells)} cells, the header {len(names)}; put text that holds a separator in quotes"
+            record = BadInput(fault)
         if any(map(str.strip, cells)):
-            yield f"{path}, row {number}", {None: fault} if fault else dict(zip(names, cells, strict=False))
+            yield f"{path}, row {number}", record
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -663,10 +666,10 @@ def read_rows(
 
 def read_record(record: Any, fields: tuple, place: str, found: Findings) -> tuple[Row | None, set[str]]:
     """(the row, the keys it took). None for a row that is left out, with a note. Raises BadInput."""
+    if isinstance(record, BadInput):
+        raise record
     if not isinstance(record, dict):
         raise BadInput(f"is {kind_of(record)}, but an object with a question and an answer is needed")
-    if None in record:
-        raise BadInput(record[None])
     keys: dict[str, Any] = {}
     for key in record:
         if (other := keys.setdefault(str(key).strip().casefold(), key)) != key:
@@ -2331,9 +2334,9 @@ def build_evaluation(questions: EvalSet, training: dict, config: Config) -> dict
     pairs = {name: paired(records, metric, "after", other) for name, (records, metric, other) in deltas.items()}
     pairs["recall_as_trained"] = paired(known, "recall", "after", "before", part="as_trained")
 
-    evaluation: dict[str, Any] = {arm: averages(new, arm, METRICS) for arm in ARMS}
+    evaluation: dict[str, Any] = {}
     for arm in ARMS:
-        evaluation[arm]["reworded"] = averages(known, arm, ("recall", "chrf"))
+        evaluation[arm] = averages(new, arm, METRICS) | {"reworded": averages(known, arm, ("recall", "chrf"))}
     for arm in ("before", "lookup", "after"):
         evaluation[arm]["as_trained"] = averages(known, arm, ("recall", "chrf"), part="as_trained")
     evaluation["delta"] = {name: bootstrap(*pair, seed) for name, pair in pairs.items() if pair[0]}
