@@ -972,9 +972,7 @@ def reword(question: str, rule: str, dice: random.Random) -> str:
     if not words:
         return question
     content = [word for word in words if word.casefold() not in language["function_words"]] or words
-    if rule == "keywords":
-        return " ".join(content).lower()
-    if rule in ("polite", "need"):
+    if rule in ("keywords", "polite", "need"):  # the first has no frame
         return language["test"].get(rule, "{}").format(" ".join(content).lower())
     if rule == "dropped words":
         return " ".join([word for word in words if dice.random() > 0.35 or has_digit(word)] or words)
@@ -1941,7 +1939,7 @@ def last_checkpoint(partial: Path) -> Path | None:
 
 EVAL_TOKENS = 65_536  # that a batch of answers may come to: their keys and values are 3 GiB of SmolLM2's on a CPU
 EVAL_BATCH = {"gpu": 32, "cpu": 64}  # prompts at a time; 32 of a 7B take 2.3 GiB, and half as many if that fails
-GENERAL_TOKENS = REPLAY_TOKENS = 40  # of the base's own answers to general prompts, measured and trained on
+REPLAY_TOKENS = 40  # of the base's own answers to general prompts, measured and trained on
 EVAL_QUESTIONS = {"gpu": 200, "cpu": 60}  # new ones, answered at most; the loss is measured on all held-out ones
 KNOWN_ASKED = {"gpu": KNOWN_QUESTIONS, "cpu": 24}  # trained ones in other words, at most
 RANKED = {"gpu": 200, "cpu": 10}  # of these, ranked at most: ten answers a question are read twice
@@ -2088,7 +2086,7 @@ def measure(model: Model, tokenizer: Tokenizer, questions: EvalSet, stage: str) 
     with working(f"Measuring {who}: {asked}"):
         if stage == "before":
             prompts = general_prompts(tokenizer, "general_prompts.json")
-            questions.general = general_answers(model, tokenizer, prompts, GENERAL_TOKENS)
+            questions.general = general_answers(model, tokenizer, prompts)
         for arm, form in STAGES[stage].items():
             score_arm(model, tokenizer, questions, arm, form)
         train, general = (answer_nll(model, tokenizer, some) for some in (questions.train_sample, questions.general))
@@ -2172,21 +2170,22 @@ def rank_answers(
     answer owes to this question, and not to its being short or in a likely style.
     """
     neutral = chat_ids(tokenizer, [{"role": "user", "content": NEUTRAL}], add_generation_prompt=True)
-    places = [(question, other) for question, others in zip(asked, candidates, strict=True) for other in others]
-    prompts = [neutral] * len(places) + [question.input_ids[: question.prompt_length] for question, _ in places]
-    texts = {
-        (tuple(prompt), other.row.id): Example(other.row, prompt + other.input_ids[other.prompt_length :], len(prompt))
-        for prompt, (_, other) in zip(prompts, places * 2, strict=True)
-    }
-    nll = answer_nll(model, tokenizer, list(texts.values()), half=True)
-    log_p = {key: -n * (len(e.input_ids) - e.prompt_length) for (key, e), n in zip(texts.items(), nll, strict=True)}
 
-    def gain(question: Example, other: Example) -> float:
-        prompt = tuple(question.input_ids[: question.prompt_length])
-        return log_p[prompt, other.row.id] - log_p[tuple(neutral), other.row.id]
+    def behind(prompt: list[int], answer: Example) -> Example:
+        return Example(answer.row, prompt + answer.input_ids[answer.prompt_length :], len(prompt))
 
-    gains = [[gain(question, other) for other in others] for question, others in zip(asked, candidates, strict=True)]
-    return [float(own[0] == max(own)) for own in gains]
+    pairs = [(question, other) for question, others in zip(asked, candidates, strict=True) for other in others]
+    alone = {other.row.id: behind(neutral, other) for _, other in pairs}  # each answer once
+    examples = [
+        *alone.values(),
+        *(behind(question.input_ids[: question.prompt_length], other) for question, other in pairs),
+    ]
+    nll = answer_nll(model, tokenizer, examples, half=True)
+    log_p = [-n * (len(e.input_ids) - e.prompt_length) for e, n in zip(examples, nll, strict=True)]
+    log_p_alone = dict(zip(alone, log_p, strict=False))
+    gains = (p - log_p_alone[other.row.id] for p, (_, other) in zip(log_p[len(alone) :], pairs, strict=True))
+    gains_of = [list(itertools.islice(gains, len(others))) for others in candidates]
+    return [float(own[0] == max(own)) for own in gains_of]
 
 
 def in_batches(
@@ -2273,11 +2272,11 @@ def general_prompts(tokenizer: Tokenizer, file: str) -> list[Example]:
     return [Example(row, ids, len(ids)) for row, ids in zip(rows, asked, strict=True)]
 
 
-def general_answers(model: Model, tokenizer: Tokenizer, prompts: list[Example], max_new_tokens: int) -> list[Example]:
+def general_answers(model: Model, tokenizer: Tokenizer, prompts: list[Example]) -> list[Example]:
     """General prompts with the model's own answers. Training also uses the base's, so that it changes little elsewhere.
     The rise of the loss on *other* such answers measures how much it changed.
     """
-    new = generate(model, tokenizer, [example.input_ids for example in prompts], max_new_tokens)
+    new = generate(model, tokenizer, [example.input_ids for example in prompts], REPLAY_TOKENS)
     return [dataclasses.replace(e, input_ids=e.input_ids + ids) for e, ids in zip(prompts, new, strict=True)]
 
 
@@ -2295,7 +2294,7 @@ def replay_answers(
     file = partial / "replay.json"
     if not (config.resume and file.is_file()):
         with working("Asking the base general questions, to train on its answers"):
-            answered = general_answers(model, tokenizer, prompts_to_replay(tokenizer, train, config), REPLAY_TOKENS)
+            answered = general_answers(model, tokenizer, prompts_to_replay(tokenizer, train, config))
         file.write_text(json.dumps([[e.prompt_length, e.input_ids] for e in answered]) + "\n", encoding="utf-8")
     return [Example(Row((), "", file.name), ids, prompt_length) for prompt_length, ids in read_json(file)]
 
@@ -2343,7 +2342,22 @@ def build_evaluation(questions: EvalSet, training: dict, config: Config) -> dict
     evaluation["ranking_interval"] = bootstrap(*paired(new, "ranking_top1", "after"), seed)
     evaluation["ranking_chance"] = mean([1 / len(others) for others in questions.candidates])
     evaluation["questions"], evaluation["known"] = new, known
-    evaluation["retention"], evaluation["memorization"] = kept_and_copied(questions, evaluation, answered)
+    before, after = questions.losses["before"], questions.losses["after"]
+    evaluation["retention"] = {  # on the base's own answers to general prompts
+        "prompts": len(questions.general),
+        "before": before["general"],
+        "after": after["general"],
+        "change_percent": 100 * (after["general"] / before["general"] - 1),
+    }
+    answers = [record["arms"]["after"]["answer"] for record in answered]
+    alike = rapidfuzz.process.cdist(answers, questions.train_answers, scorer=rapidfuzz.fuzz.ratio).max(1)
+    evaluation["memorization"] = {  # trained answers beside held-out ones
+        "train_nll_before": before["train"],
+        "train_nll_after": after["train"],
+        "held_out_nll_before": evaluation["before"]["nll"],
+        "held_out_nll_after": evaluation["after"]["nll"],
+        "copied_share": float((alike >= 90).mean()),  # nine characters in ten
+    }
     chose = [example.row.id for example in questions.validation] == [record["id"] for record in new]
     epochs = training.get("epochs") or [] if chose else []  # other rows chose: nothing to free the loss of
     evaluation["nll_crossfit"] = crossfit(epochs, new, config.goal, seed)
@@ -2357,23 +2371,6 @@ def build_evaluation(questions: EvalSet, training: dict, config: Config) -> dict
         "advice": advise(evaluation, seed),
         "seconds": round(questions.seconds, 1),
     }
-
-
-def kept_and_copied(questions: EvalSet, evaluation: dict, answered: list[dict]) -> tuple[dict, dict]:
-    """(retention: loss on the base's own answers to general prompts, memorization: on trained beside held-out ones)."""
-    losses = questions.losses
-    before, after = (losses[stage]["general"] for stage in ("before", "after"))
-    change = {"before": before, "after": after, "change_percent": 100 * (after / before - 1)}
-    answers = [record["arms"]["after"]["answer"] for record in answered]
-    likeness = rapidfuzz.process.cdist(answers, questions.train_answers, scorer=rapidfuzz.fuzz.ratio).max(1)
-    copied = {
-        "train_nll_before": losses["before"]["train"],
-        "train_nll_after": losses["after"]["train"],
-        "held_out_nll_before": evaluation["before"]["nll"],
-        "held_out_nll_after": evaluation["after"]["nll"],
-        "copied_share": mean([float(alike >= 90) for alike in likeness]),  # nine characters in ten
-    }
-    return {"prompts": len(questions.general)} | change, copied
 
 
 def paired(
@@ -2889,30 +2886,15 @@ def render(template: str, run: dict, name: str, review: dict | None) -> str:
     on_hub = model_id in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
     folder = config.get("output_dir") or f"adapters/{name}"
     where = folder if config.get("output_dir") and Path(folder).name == name else name  # it was moved
-    to_review = f"python chat.py --review {shlex.quote(where)}"
-    human = {
-        "sentence": human_sentence(result) if result.get("judged") else "",
-        "result": result,
-        "command": to_review,
-        "take_in": f"{to_review} --votes {shlex.quote(f'votes-{name}.json')}",
-    }
     data = jinja2.FileSystemLoader(HERE / "data")
     page = jinja2.Environment(loader=data, autoescape="html" in template, keep_trailing_newline=True)
+    page.filters |= {"word_diff": word_diff, "number": number, "interval": interval, "quote": shlex.quote}
     # In Markdown's inline code nothing else is Markdown or HTML: there goes what is not ours.
     page.filters["code"] = lambda text: "`" + " ".join(str(text).replace("`", "'").split()) + "`"
-    page.filters |= {"word_diff": word_diff, "number": number, "interval": interval}
-    return page.get_template(template).render(
-        questions_shown(run),
-        run=run,
-        name=name,
-        base=base,
-        license=license_of_base,
-        on_hub=on_hub,
-        held_out_losses=held_out_losses(run),
-        blind=blind_questions(run) | {"adapter": name},
-        human=human,
-        command=f"python finetune.py --config {shlex.quote(f'{folder}/run.json')}",
-    )
+    about = {"name": name, "folder": folder, "where": where, "base": base, "license": license_of_base, "on_hub": on_hub}
+    about |= {"votes": result, "people": human_sentence(result) if result.get("judged") else ""}
+    about |= {"blind": blind_questions(run) | {"adapter": name}, "held_out_losses": held_out_losses(run)}
+    return page.get_template(template).render(questions_shown(run) | about, run=run)
 
 
 def number(value: Any, form: str) -> str:

@@ -95,7 +95,7 @@ def make_world(config: finetune.Config, args: argparse.Namespace) -> types.Simpl
     return types.SimpleNamespace(
         base=base, tokenizer=tokenizer, train=train, test=test,
         known=[finetune.to_example(tokenizer, row) for row in known],  # all in other words, then all as trained
-        general=answered("general_prompts.json", args.prompts, finetune.GENERAL_TOKENS),
+        general=answered("general_prompts.json", args.prompts, finetune.REPLAY_TOKENS),
         replay=answered("replay_prompts.json", args.prompts, min(100, args.max_new_tokens)),
         max_new=min(args.max_new_tokens, math.ceil(1.25 * longest)),
     )  # fmt: skip

@@ -79,7 +79,7 @@ def test_replay_is_what_the_base_says_to_prompts_that_are_not_measured(base):
     twice = dataclasses.replace(config, num_train_epochs=2)  # others in the second epoch
     assert len({tuple(e.input_ids) for e in finetune.prompts_to_replay(tokenizer, some, twice)}) == 6
     measured = {e.row.prompt[-1]["content"] for e in finetune.general_prompts(tokenizer, "general_prompts.json")}
-    for example in finetune.general_answers(model, tokenizer, prompts, finetune.REPLAY_TOKENS):
+    for example in finetune.general_answers(model, tokenizer, prompts):
         ids = finetune.chat_ids(tokenizer, list(example.row.prompt), add_generation_prompt=True)
         out = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=finetune.REPLAY_TOKENS)[0].tolist()
         assert example.input_ids == out and example.completion_mask == [0] * len(ids) + [1] * (len(out) - len(ids))
