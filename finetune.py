@@ -2176,14 +2176,12 @@ def rank_answers(
 
     pairs = [(question, other) for question, others in zip(asked, candidates, strict=True) for other in others]
     alone = {other.row.id: behind(neutral, other) for _, other in pairs}  # each answer once
-    examples = [
-        *alone.values(),
-        *(behind(question.input_ids[: question.prompt_length], other) for question, other in pairs),
-    ]
+    after = [behind(question.input_ids[: question.prompt_length], other) for question, other in pairs]
+    examples = [*alone.values(), *after]
     nll = answer_nll(model, tokenizer, examples, half=True)
     log_p = [-n * (len(e.input_ids) - e.prompt_length) for e, n in zip(examples, nll, strict=True)]
-    log_p_alone = dict(zip(alone, log_p, strict=False))
-    gains = (p - log_p_alone[other.row.id] for p, (_, other) in zip(log_p[len(alone) :], pairs, strict=True))
+    unasked = dict(zip(alone, log_p, strict=False))
+    gains = (p - unasked[other.row.id] for p, (_, other) in zip(log_p[len(alone) :], pairs, strict=True))
     gains_of = [list(itertools.islice(gains, len(others))) for others in candidates]
     return [float(own[0] == max(own)) for own in gains_of]
 
@@ -2327,10 +2325,10 @@ def build_evaluation(questions: EvalSet, training: dict, config: Config) -> dict
     """Means of each arm, differences with intervals, what was learned by heart, what was kept, verdict and advice."""
     new, known, seed = questions.records, questions.known, config.seed
     answered = [record for record in new if "answer" in record["arms"]["after"]]
-    deltas = {metric: (new, metric, "before") for metric in METRICS}
-    deltas |= {f"chrf_vs_{arm}": (new, "chrf", arm) for arm in ("prompted", "lookup", "retrieved")}
-    deltas |= {"recall": (known, "recall", "before"), "chrf_reworded": (known, "chrf", "before")}
-    pairs = {name: paired(records, metric, "after", other) for name, (records, metric, other) in deltas.items()}
+    pairs = {metric: paired(new, metric, "after", "before") for metric in METRICS}
+    pairs |= {f"chrf_vs_{arm}": paired(new, "chrf", "after", arm) for arm in ("prompted", "lookup", "retrieved")}
+    pairs["recall"] = paired(known, "recall", "after", "before")
+    pairs["chrf_reworded"] = paired(known, "chrf", "after", "before")
     pairs["recall_as_trained"] = paired(known, "recall", "after", "before", part="as_trained")
 
     evaluation: dict[str, Any] = {}
@@ -2720,7 +2718,7 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     model.save_pretrained(result, safe_serialization=True)
     tokenizer.save_pretrained(result)
     plot_losses(run, result / "loss.png")
-    texts = {"README.md": model_card(run, output.name), "report.html": report_page(run, output.name)}
+    texts = {name: render(template, run, output.name) for name, template in PAGES.items()}
     for name, text in (texts | {"run.json": json_text(run, indent=1) + "\n"}).items():
         (result / name).write_text(text, encoding="utf-8")
     result.rename(output)
@@ -2732,6 +2730,7 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
 # Pages: takes a run.json (and a review.json), gives report.html, loss.png and the model card. No control characters of
 # a model or a file in them.
 
+PAGES = {"README.md": "model_card.md.jinja", "report.html": "report.html.jinja"}  # of a run, from templates in data/
 LICENSES = {EMBEDDED: "apache-2.0", GPU_MODEL: "apache-2.0"}
 SAMPLES_SHOWN, KNOWN_SHOWN, REGRESSIONS_SHOWN = 10, 5, 5  # questions side by side in report.html
 # The arms whose answers people judge blind, and what they are called then.
@@ -2805,8 +2804,8 @@ def write_pages(folder: Path) -> None:
     """report.html and README.md of a finished run anew, with the verdict of the people who judged, if there is one."""
     run = read_json(folder / "run.json")
     review = read_json(folder / "review.json") if (folder / "review.json").is_file() else None
-    texts = {"README.md": model_card(run, folder.name, review), "report.html": report_page(run, folder.name, review)}
-    for name, text in texts.items():
+    for name, template in PAGES.items():
+        text = render(template, run, folder.name, review)
         beside = folder / f"{name}.partial"  # renamed when whole: a full disk leaves the old page as it was
         try:
             beside.write_text(text, encoding="utf-8")
@@ -2865,19 +2864,9 @@ def human_sentence(result: dict) -> str:
     return f"{preferred}; {others}, none good {result['none']}{few}"
 
 
-def report_page(run: dict, name: str, review: dict | None = None) -> str:
-    """report.html: one page that loads nothing. It says which parts a run lacks."""
-    return render("report.html.jinja", run, name, review)
-
-
-def model_card(run: dict, name: str, review: dict | None = None) -> str:
-    """README.md of the adapter: what the hub reads, and what was measured."""
-    return render("model_card.md.jinja", run, name, review)
-
-
-def render(template: str, run: dict, name: str, review: dict | None) -> str:
-    """A template of data/ filled with run.json's content, of which any part may be missing, and with a person's votes
-    (review.json's content).
+def render(template: str, run: dict, name: str, review: dict | None = None) -> str:
+    """A template of data/ filled with run.json's content and a person's votes (review.json's content). Any part of a
+    run may be missing; report.html says which. It loads nothing; README.md is also what the hub reads.
     """
     run, name, result = harmless(in_todays_form(run)), harmless(name), (review or {}).get("result") or {}
     config, model = run.get("config") or {}, run.get("model") or {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import html
 import http.server
 import json
@@ -23,9 +24,10 @@ import yaml
 from conftest import ROOT
 
 import finetune
-from finetune import ARMS, Config, build_evaluation, judge, load_data, model_card, report_page
+from finetune import ARMS, PAGES, Config, build_evaluation, judge, load_data, render
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+report_page, model_card = (functools.partial(render, PAGES[page]) for page in ("report.html", "README.md"))
 ASKED, KNOWN, RANKED = 24, 20, 20
 HOSTILE = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)> \"'`{{7*7}} <!-- ]]> &amp; "
