@@ -2014,8 +2014,9 @@ def make_eval_set(tokenizer: Tokenizer, data: Data, examples: dict[str, list[Exa
     )
     for row, record in zip(data.test[:asked], questions.records, strict=False):
         near = nearest_rows(row.last_question, data.train, len(data.train))
+        # The arm that needs no model: the answer of the nearest training question, whichever group it is of. Shown in a
+        # prompt, a row of the question's own group, which an owner's split may train, would say the answer.
         record["arms"]["lookup"] = likeness(near[0].answer, row.answer) | {"rows": [near[0].id]}
-        # A row of the question's own group, which an owner's split may train, would say the answer.
         apart = [other for other in near if data.group_of[other.id] != record["group"]]
         questions.new["rows"].append(behind_rows(tokenizer, row, apart, record, config))
     for (row, other, _), record in zip(known, questions.known, strict=True):
@@ -2141,10 +2142,11 @@ def answer_nll(model: Model, tokenizer: Tokenizer, examples: list[Example], half
     """
 
     def losses(batch: list[int]) -> list[float]:
-        padded = pad(tokenizer, [examples[i].input_ids for i in batch], "right").to(model.device)
-        starts = torch.tensor([[examples[i].prompt_length] for i in batch], device=model.device)
+        padded = pad(tokenizer, [examples[i].input_ids for i in batch], "right")
+        starts = torch.tensor([[examples[i].prompt_length] for i in batch])
         width, first = padded["input_ids"].shape[1], int(starts.min())
-        answer = (padded["attention_mask"].bool() & (torch.arange(width, device=model.device) >= starts))[:, first:]
+        answer = (padded["attention_mask"].bool() & (torch.arange(width) >= starts))[:, first:].to(model.device)
+        padded = padded.to(model.device)
         kept = width - first + 1  # logits from the first answer token on only
         logits = model(**padded, use_cache=False, logits_to_keep=kept).logits[:, :-1]
         wanted = padded["input_ids"][:, first:][answer]
@@ -2865,8 +2867,8 @@ def human_sentence(result: dict) -> str:
 
 
 def render(template: str, run: dict, name: str, review: dict | None = None) -> str:
-    """A template of data/ filled with run.json's content and a person's votes (review.json's content). Any part of a
-    run may be missing; report.html says which. It loads nothing; README.md is also what the hub reads.
+    """A page of a run from its template, run.json's content, of which any part may be missing, and a person's votes
+    (review.json's content). report.html loads nothing, and says what is missing; README.md is what the hub reads.
     """
     run, name, result = harmless(in_todays_form(run)), harmless(name), (review or {}).get("result") or {}
     config, model = run.get("config") or {}, run.get("model") or {}
@@ -2874,7 +2876,7 @@ def render(template: str, run: dict, name: str, review: dict | None = None) -> s
     base, license_of_base = PUBLIC_NAME.get(model_id, model_id), LICENSES.get(model_id)  # as the hub writes it
     on_hub = model_id in PUBLIC_NAME or model.get("revision")  # a folder, models/mine, looks like a hub id too
     folder = config.get("output_dir") or f"adapters/{name}"
-    where = folder if config.get("output_dir") and Path(folder).name == name else name  # it was moved
+    where = folder if config.get("output_dir") and Path(folder).name == name else name  # else it was moved
     data = jinja2.FileSystemLoader(HERE / "data")
     page = jinja2.Environment(loader=data, autoescape="html" in template, keep_trailing_newline=True)
     page.filters |= {"word_diff": word_diff, "number": number, "interval": interval, "quote": shlex.quote}
