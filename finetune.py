@@ -948,6 +948,7 @@ TRAIN_RULES = ("dropped words", "few function words", "turned around", "slips", 
 KNOWN_QUESTIONS, VALIDATION_QUESTIONS = 40, 24  # trained ones asked in other words: for the verdict, at each check
 KNOWN_SHARE = 0.625  # of the trained rows at most, so that others are left for the checks
 LOOKED_UP = 3  # rows in the prompt of the arms that look up
+DIGIT = re.compile(r"\d")  # a question with another number is another question: no rule touches such a word
 ROWS_HEAD = "Here are questions and answers that may help:"
 
 
@@ -975,9 +976,9 @@ def reword(question: str, rule: str, dice: random.Random) -> str:
     if rule in ("keywords", "polite", "need"):  # the first has no frame
         return language["test"].get(rule, "{}").format(" ".join(content).lower())
     if rule == "dropped words":
-        return " ".join([word for word in words if dice.random() > 0.35 or has_digit(word)] or words)
+        return " ".join([word for word in words if dice.random() > 0.35 or DIGIT.search(word)] or words)
     if rule == "few function words":
-        odds = {word: 0.0 if has_digit(word) else 0.15 if word in content else 0.7 for word in words}
+        odds = {word: 0.0 if DIGIT.search(word) else 0.15 if word in content else 0.7 for word in words}
         return " ".join(word for word in words if dice.random() >= odds[word]) or question
     if rule == "turned around":
         cut = dice.randrange(1, max(2, len(words)))
@@ -988,15 +989,10 @@ def reword(question: str, rule: str, dice: random.Random) -> str:
     return mistype(question, dice, swap=rule == "typos")
 
 
-def has_digit(word: str) -> bool:
-    """A question with another number is another question: no rule touches such a word."""
-    return any(letter.isdigit() for letter in word)
-
-
 def mistype(question: str, dice: random.Random, swap: bool) -> str:
     """Two longer words with two letters exchanged, or ("slips") with one letter missing or doubled."""
     parts = re.split(r"(\w+)", question)
-    long = [place for place in range(1, len(parts), 2) if len(parts[place]) > 4 and not has_digit(parts[place])]
+    long = [place for place in range(1, len(parts), 2) if len(parts[place]) > 4 and not DIGIT.search(parts[place])]
     for place in dice.sample(long, min(2, len(long))):
         word = parts[place]
         at = dice.randrange(1, len(word) - 1)
@@ -1022,10 +1018,12 @@ def known_questions(
     drawn = sorted(left, key=lambda row: random_key(seed, f"known {row.id}"))[:most]
     found = []
     for number, row in enumerate(drawn):
-        own = [rules[(number + n) % len(rules)] for n in range(len(rules))]
-        worded = [(in_other_words(row, rule, random.Random(f"{seed}:{row.id}:{rule}")), rule) for rule in own]
-        new = ((row, other, rule) for other, rule in worded if normalize(other.question) not in trained)
-        found += itertools.islice(new, 1)
+        turn = number % len(rules)
+        for rule in rules[turn:] + rules[:turn]:
+            other = in_other_words(row, rule, random.Random(f"{seed}:{row.id}:{rule}"))
+            if normalize(other.question) not in trained:
+                found.append((row, other, rule))
+                break
     return found
 
 
