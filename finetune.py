@@ -1071,18 +1071,17 @@ class Example:
 
 def load_tokenizer(folder: Path, name: str = "") -> Tokenizer:
     """The tokenizer with a pad token that is not EOS: where they are one, a model is easily taught never to stop."""
-    tokenizer, fault = transformers.AutoTokenizer.from_pretrained(folder), None
+    tokenizer, flag = transformers.AutoTokenizer.from_pretrained(folder), f"--model {name or folder.name}"
     if not tokenizer.chat_template:
-        fault = "has no chat template; choose an instruct or chat model"
-    elif tokenizer.eos_token is None:
-        fault = "its tokenizer has no EOS token, so no answer could end"
-    elif tokenizer.pad_token in (None, tokenizer.eos_token):
+        raise BadInput(f"{flag}: has no chat template; choose an instruct or chat model")
+    if tokenizer.eos_token is None:
+        raise BadInput(f"{flag}: its tokenizer has no EOS token, so no answer could end")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
         spare = [token for token in tokenizer.get_added_vocab() if re.search("pad|reserved|endoftext", token)]
         candidates = [tokenizer.unk_token, *spare, *tokenizer.all_special_tokens]
         tokenizer.pad_token = next((t for t in candidates if t not in (None, "", tokenizer.eos_token)), None)
-        fault = None if tokenizer.pad_token else "its tokenizer has no token to pad with but EOS"
-    if fault:
-        raise BadInput(f"--model {name or folder.name}: {fault}")
+        if not tokenizer.pad_token:
+            raise BadInput(f"{flag}: its tokenizer has no token to pad with but EOS")
     return tokenizer
 
 
