@@ -1941,7 +1941,7 @@ EVAL_QUESTIONS = {"gpu": 200, "cpu": 60}  # new ones, answered at most; the loss
 KNOWN_ASKED = {"gpu": KNOWN_QUESTIONS, "cpu": 24}  # trained ones in other words, at most
 RANKED = {"gpu": 200, "cpu": 10}  # of these, ranked at most: ten answers a question are read twice
 RANKED_AMONG = 10  # the right answer and nine of other questions: chance is 10%
-RIVALS = 30  # trained answers that an answer is compared with, the likest by letters: those further off never win
+RIVALS = 300  # trained answers that an answer is compared with: all, or of more rows the likest by letters
 BRIEF = "\n\nAnswer in one plain paragraph of about {words} words."  # the prompted arm: what a prompt alone achieves
 NEUTRAL = "Please answer the question."  # how likely an answer is without its question
 # The arms of the base and of the tuned model, each with what it reads: the question, also with BRIEF or after rows.
