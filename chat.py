@@ -412,7 +412,7 @@ class Chat:
             COMMANDS[name](self, finetune.expand(Path(rest.strip("\"'"))) if takes_file else rest)
             return
         if line.startswith("/") and "/" not in word[1:]:
-            near = finetune.nearest(word, [*COMMANDS, *ALIASES])
+            near = finetune.nearest(word, [*COMMANDS, *ALIASES], 0.75)  # "/home is full" is a question
             if near or not rest:
                 hint = near or "; /help lists them"
                 raise BadInput(f"No command {word}{hint} (a question that starts with / needs a space before it)")

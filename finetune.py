@@ -3525,9 +3525,9 @@ def brief(error: BaseException) -> str:
     return clean(" ".join(str(error).split()))[:200] or type(error).__name__
 
 
-def nearest(name: Any, names: Iterable[str]) -> str:
+def nearest(name: Any, names: Iterable[str], alike: float = 0.6) -> str:
     """'; did you mean NAME?', or nothing."""
-    near = difflib.get_close_matches(str(name), list(names), 1)
+    near = difflib.get_close_matches(str(name), list(names), 1, alike)
     return f"; did you mean {near[0]}?" if near else ""
 
 

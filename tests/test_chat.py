@@ -607,7 +607,7 @@ def saved(path) -> dict:
 
 
 def test_what_is_a_command_and_what_a_question(typed):
-    for line in ("/usr/lib/libc.so: cannot open", "/tmp is full, what now?", " /help", "//", "/var/log"):
+    for line in ("/usr/lib/libc.so: cannot open", "/home is full", " /help", "//", "/var/log"):
         typed("/clear", line)
         assert [turn.question for turn in typed.chat.conversation.turns] == [line.strip()], line
     typed("/clear")

@@ -1,4 +1,4 @@
-"""tests/recipes.py, the measurement behind the README's table of recipes, runs: a tiny model, two updates of two runs."""
+"""tests/recipes.py, which measures recipes side by side, runs: a tiny model, two updates of two runs."""
 
 import json
 import subprocess
