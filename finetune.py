@@ -54,7 +54,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean as mean
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
 
 import ftfy
 import jinja2
@@ -90,7 +90,7 @@ parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
 pre_tokenizers, peft_optimizers = Lazy("tokenizers.pre_tokenizers"), Lazy("peft.optimizers")
 wandb, trackio, tensorboard = map(Lazy, ("wandb", "trackio", "torch.utils.tensorboard"))
 tqdm, resource, hub_errors = map(Lazy, ("tqdm.auto", "resource", "huggingface_hub.errors"))
-xllamacpp = Lazy("xllamacpp")
+xllamacpp, filelock = Lazy("xllamacpp"), Lazy("filelock")
 
 __version__ = "0.1.0"  # the newest in CHANGELOG.md
 GPU_MODEL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"  # NF4 already: 4.1 GB to fetch instead of 14.5, and not gated
@@ -272,14 +272,19 @@ def run_evaluation(config: Config | None = None) -> dict:
     """Fine-tune and evaluate: the whole job of the command line. Returns what run.json holds, and `output_dir`.
 
     Raises BadInput for what the caller can mend, KeyboardInterrupt when it was stopped (with a checkpoint, if training
-    had begun), FloatingPointError where the held-out loss is no number.
+    had begun), FloatingPointError where training went wrong: a loss that is no number or explodes, nothing learned.
     """
     started = time.monotonic()
     # 1. Find everything that can be wrong with the data, the model's name and the output folder.
     data, source, tokenizer, examples, config = check_input(config or Config())
     output, partial = choose_output(config, source)
-    made = make_folder(partial, config, data)
+    if output.exists():  # with --resume: it was killed when all was done
+        shutil.rmtree(partial, ignore_errors=True)
+        say("Saved", f"{output}   was finished; nothing is left to do")
+        return read_json(output / "run.json") | {"output_dir": output}
+    made, lock = make_folder(partial)
     try:
+        note_run(partial, config, data)
         # 2. Load the base in 4 bits.
         tracker = Tracker(config, output.name)
         model = load_model(source, config)
@@ -310,9 +315,11 @@ def run_evaluation(config: Config | None = None) -> dict:
         facts = {"plan": plan, "training": training, "evaluation": evaluation, "replayed": len(replay)}
         run = make_run(config, source, tokenizer, data, facts, time.monotonic() - started)
         save_result(model, tokenizer, run, data, partial, output)
-    except (BadInput, KeyboardInterrupt):
+    except BadInput:
         remove_traces(partial, made)
         raise
+    finally:
+        lock.release()
     show_result(run)
     tracker.finish(run)
     say("Verdict", evaluation["verdict"]["sentence"])
@@ -1630,6 +1637,7 @@ def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Pl
 # ours adds what is checked between epochs, checkpoints by the clock, and a way on when memory runs out.
 
 CHECKPOINT_SECONDS = 120  # a lost session costs at most this much training, and a Ctrl-C nothing
+EXPLODED_UPDATES = 10  # over so many the mean loss may be at most as loss_limit() says
 CHECKS = 4  # of a training for knowledge, spread over its epochs: each answers questions. For style: every epoch
 
 
@@ -1708,6 +1716,9 @@ def train(
     monitor = make_monitor(rows, plan, config, before, track)
     for entry in sorted([*state.log_history, *monitor.epochs], key=operator.itemgetter("step")):
         track(entry)
+    for folder in partial.glob("checkpoint-*"):
+        if not checkpoint or step_of(folder) > step_of(checkpoint):  # half written: the trainer would count it
+            shutil.rmtree(folder)
     if gpu:
         torch.cuda.reset_peak_memory_stats()
     while not patience_is_over(monitor.epochs, config):
@@ -1721,6 +1732,9 @@ def train(
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             state = trainer.state
             break
+        except FloatingPointError as fault:
+            fault.add_note(way_on(partial, trainer.state.log_history, monitor, config))
+            raise
         except torch.OutOfMemoryError:
             step = trainer.state.global_step
         trainer.model.zero_grad(set_to_none=True)
@@ -1751,6 +1765,7 @@ def training_facts(state: Any, best: int, rows: list[Example], plan: Plan, monit
         "best_step": best,
         "stopped_early": steps < plan.updates,
         "seconds": round(seconds, 2),
+        "seconds_before_resume": round(monitor.seconds_before, 2),
         "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),
         "samples_per_second": round(steps * plan.batch / seconds, 3),
@@ -1780,12 +1795,21 @@ def make_trainer(
                 unsloth.FastLanguageModel.for_training(model)
             loss = mean(epochs[-1]["nll"])
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the held-out loss is {loss} after {step} updates; lower --learning-rate")
+                cause = "lower --learning-rate" if step else f"the base itself gives no numbers in {dtype}"
+                raise FloatingPointError(f"the held-out loss is {loss} after {step} updates; {cause}")
+            if step and not any(w.any() for name, w in model.named_parameters() if "lora_" in name and "_B." in name):
+                rate = max(entry.get("learning_rate", 0) for entry in self.state.log_history)
+                cause = "every gradient was 0 or skipped" if rate else "they were all warm-up: lower --warmup-steps"
+                raise FloatingPointError(f"the adapter did not change in {step} updates; {cause}")
             self.log({"eval_loss": loss})
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_loss": loss})
             # The trainer keeps the checkpoint with the highest "eval_best": it rises with each new best.
             best = step and epochs[choose_epoch(epochs, config.goal)] is epochs[-1]
             return {"eval_loss": loss, "eval_best": len(epochs) if best else 0}
+
+        def _load_scaler(self, *some: Any) -> None:
+            if self.accelerator.scaler:  # none in bf16, where a run may go on that began in fp16
+                super()._load_scaler(*some)
 
         def create_optimizer(self, *some: Any) -> torch.optim.Optimizer:
             if config.loraplus_lr_ratio == 1:
@@ -1808,7 +1832,8 @@ def make_trainer(
         max_length=config.max_length if gpu else None, completion_only_loss=True, loss_type=loss,
         output_dir=str(partial), save_strategy="epoch", save_total_limit=2,  # the last and the best
         metric_for_best_model="eval_best", greater_is_better=True,
-        logging_steps=1, report_to="none", disable_tqdm=True, data_seed=config.seed, dataset_num_proc=None,
+        logging_steps=1, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True, data_seed=config.seed,
+        dataset_num_proc=None,
     )  # fmt: skip
     if gpu:  # Unsloth's trainer goes by this and not by its arguments
         model._unsloth_gradient_checkpointing = plan.gradient_checkpointing
@@ -1841,7 +1866,8 @@ def like_lengths(collate: Callable[[list[dict]], dict], pad_token_id: int, multi
 def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, track: Callable[[dict], None]):
     """The trainer's callback: the clock, progress, tracking, when to evaluate and to save, Ctrl-C and SIGTERM.
 
-    What a resumed run must know of it (`before`: seconds, optimizer, epochs) is saved in each trainer_state.json.
+    What a resumed run must know of it (`before`: seconds so far, optimizer, epochs) is saved in each checkpoint's
+    trainer_state.json. `seconds` are those of the updates, `seconds_before` all of earlier sessions that count.
     """
     epochs = math.ceil(plan.updates / plan.updates_per_epoch)
     every = plan.updates_per_epoch * (math.ceil(epochs / CHECKS) if config.goal == "knowledge" else 1)
@@ -1854,9 +1880,11 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
         def __init__(self):
             self.seconds, self.epochs = before.get("seconds", 0.0), list(before.get("epochs", []))
             self.optim, self.stopped_by, self.last_save = plan.optim, 0, time.monotonic()
+            self.seconds_before, self.began = before.get("seconds_before", 0.0), time.monotonic()
 
         def state(self):
             kept = {"seconds": round(self.seconds, 2), "optim": self.optim, "epochs": self.epochs}
+            kept["seconds_before"] = round(self.seconds_before + time.monotonic() - self.began, 2)
             return {"args": {}, "attributes": kept}
 
         def on_step_begin(self, *_, **__):
@@ -1882,8 +1910,10 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
         def on_save(self, *_, **__):
             self.last_save = time.monotonic()
 
-        def on_log(self, args, state, control, **_):
+        def on_log(self, args, state, control, logs, optimizer=None, **_):
             track(state.log_history[-1])
+            if "loss" in logs:
+                check_update(state.log_history, loss_limit(self.epochs), getattr(optimizer, "scaler", None))
             if state.global_step:
                 report_progress(f"{self.status(state)}  update", state.global_step, state.max_steps)
 
@@ -1923,10 +1953,51 @@ def patience_is_over(epochs: list[dict], config: Config) -> bool:
     return 0 < patience < trained and choose_epoch(epochs, config.goal) <= trained - patience
 
 
-def last_checkpoint(partial: Path) -> Path | None:
+def loss_limit(epochs: list[dict]) -> float:
+    """Above it a model is broken, not slow: twice the base's held-out loss, and 1 more."""
+    return 2 * mean(epochs[0]["nll"]) + 1
+
+
+def check_update(log: list[dict], limit: float, scaler: Any) -> None:
+    """Raises FloatingPointError if the last update in the trainer's log went wrong, before anything of it is saved.
+    `scaler` is fp16's, which skips an update whose gradient overflows, and scales the next one by half as much.
+    """
+    updates = [entry for entry in log if "loss" in entry][-EXPLODED_UPDATES:]
+    loss, gradient = updates[-1]["loss"], updates[-1].get("grad_norm", 0.0)
+    recent, lost = mean(entry["loss"] for entry in updates), scaler and scaler.get_scale() < 1
+    exploded = len(updates) == EXPLODED_UPDATES and recent > limit
+    faults = {
+        f"the training loss is {loss}": not math.isfinite(loss),
+        f"the gradient is {gradient}": not math.isfinite(gradient) and not scaler,
+        "fp16 cannot hold the gradients, however small they are scaled (bf16 could)": lost,
+        f"the training loss exploded: {recent:.2f} on average in the last {len(updates)} updates": exploded,
+    }
+    for fault in [fault for fault, found in faults.items() if found]:
+        raise FloatingPointError(f"{fault}; at update {updates[-1]['step']}; lower --learning-rate")
+
+
+def way_on(partial: Path, log: list[dict], monitor: Any, config: Config) -> str:
+    """After training went wrong: the last good checkpoint, and how to start again."""
+    limit = loss_limit(monitor.epochs)
+    bad = [entry["step"] - 1 for entry in log[-EXPLODED_UPDATES:] if not entry.get("loss", 0) <= limit]
+    good = last_checkpoint(partial, before=min(bad, default=log[-1]["step"] if log else 0))
+    use = f"{good}, an adapter like any other (python chat.py --adapter)" if good else "none"
+    again = f"another --output-dir (or delete {partial}) and, for example, --learning-rate {config.learning_rate / 2:g}"
+    return f"Last good checkpoint: {use}.\nTo train again: {again}."
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def last_checkpoint(partial: Path, before: float = math.inf) -> Path | None:
     """The newest whole checkpoint: trainer_state.json is the file that the trainer writes last."""
-    found = [path for path in partial.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    for path in sorted(partial.glob("checkpoint-*"), key=step_of, reverse=True):
+        with contextlib.suppress(OSError, ValueError):  # killed before it was written, or while it was
+            json.loads((path / "trainer_state.json").read_bytes())
+            if step_of(path) < before:
+                return path
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2562,6 +2633,7 @@ def rouge_l(answer: str, reference: str) -> float:
 # ----------------------------------------------------------------------------------------------------------------------
 # Save: takes what was measured, writes the run's folder whole or not at all. No secret, no home path in it.
 
+LOCK_SECONDS = 120  # a run renews its lock more often by far; one that is older is nobody's
 PLAN_IN_RUN_JSON = (
     "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
 )  # fmt: skip
@@ -2572,54 +2644,113 @@ def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
     output = base = config.output_dir or Path("adapters") / f"{slug(config.data[0].stem)}-{source.name}"
     taken = (base.with_name(f"{base.name}-{number}") for number in itertools.count(2))
     while os.path.lexists(output) and not config.output_dir:
+        if config.resume and Path(f"{output}.partial").exists():
+            break
         output = next(taken)
+    partial = Path(f"{output}.partial")
     try:
+        if config.resume and (output / "run.json").is_file() and not (partial / "config.json").exists():
+            return output, partial  # killed when all was done: see save_result()
         if os.path.lexists(output):
             state = "already exists" if output.exists() else "is a link to nothing"
             raise BadInput(f"--output-dir {output}: {state}; name another, or delete it")
-        partial = output.with_name(output.name + ".partial")
         Path(partial.name).exists()  # raises where a name is too long, in a folder too that is not there yet
         if blocked := next((path for path in (partial, *partial.parents) if path.exists() and not path.is_dir()), None):
             raise BadInput(f"--output-dir {output}: {blocked} is a file")
-        checkpoint = last_checkpoint(partial)
+        if config.resume and not partial.is_dir():
+            raise BadInput(f"--resume: no unfinished run in {partial}")
     except (OSError, ValueError) as error:  # a folder that may not be read too
         raise BadInput(f"--output-dir {str(output)[:200]}: {getattr(error, 'strerror', None) or error}") from None
-    if config.resume and not checkpoint:
-        raise BadInput(f"--resume: no unfinished run with a checkpoint in {partial}")
-    if checkpoint and not config.resume:
-        ways = "add --resume to go on with it, give another --output-dir, or delete it"
-        raise BadInput(f"{partial} holds an unfinished run ({checkpoint.name}); {ways}")
     return output, partial
 
 
-def make_folder(partial: Path, config: Config, data: Data) -> list[Path]:
-    """Make adapters/NAME.partial, and note in it what is trained: a resumed run must be the same. Returns the folders
-    that were not there before.
-    """
+def make_folder(partial: Path) -> tuple[list[Path], filelock.SoftFileLease]:
+    """Make adapters/NAME.partial. Returns the folders that were not there before, and its lock."""
     made = [path for path in (partial, *partial.parents) if not path.exists()]
-    free = ("report_to", "max_vram", "output_dir", "data", "require_improvement")
-    now = {key: value for key, value in config_as_json(config).items() if key not in free}
-    now["data"] = [file["sha256"] for file in data.files]
-    file = partial / "config.json"
-    if config.resume and file.is_file():
-        then = read_json(file)
-        if different := [key for key in now if now[key] != then.get(key)]:
-            pairs = ", ".join(f"{key} was {then.get(key)!r}, is {now[key]!r}" for key in different if key != "data")
-            raise BadInput(f"--resume: not the run that was started: {pairs or 'the data files have changed'}")
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        lock = lock_folder(partial)
     except OSError as error:
         raise BadInput(f"--output-dir {partial.with_suffix('')}: cannot be made: {error.strerror}") from None
     log_to(partial / "train.log")
-    return made
+    return made, lock
+
+
+def lock_folder(partial: Path) -> filelock.SoftFileLease:
+    """One run in a folder. A file with process, host and start, which its owner renews: network drives such as Colab's
+    may have no flock(). The lock of a process that is gone from this machine is taken over at once, also after a
+    reboot; any other, when nobody has renewed it for LOCK_SECONDS. Raises BadInput where its owner lives.
+    """
+    file, often = partial / "lock", LOCK_SECONDS / 24
+    lock = filelock.SoftFileLease(file, lease_duration=LOCK_SECONDS, heartbeat_interval=often)
+
+    def renewed() -> float | None:
+        return file.stat().st_mtime if file.exists() else None
+
+    with contextlib.suppress(filelock.Timeout):
+        lock.acquire(timeout=0)
+        return lock
+    owner, found = lock.owner, renewed()
+    who = f"process {owner.pid} on {clean(owner.hostname.partition('?')[0])}" if owner else "another process"
+    try:
+        with working(f"{partial} is locked by {who}: looking whether it lives, {LOCK_SECONDS} s at most"):
+            lock.acquire(timeout=2 * LOCK_SECONDS, cancel_check=lambda: renewed() not in (found, None))
+    except filelock.Timeout:
+        ways = f"wait for it, stop it, or give another --output-dir (or delete {file}, if you know that it is gone)"
+        raise BadInput(f"{partial}: another run is at work there, {who}; {ways}") from None
+    return lock
+
+
+def note_run(partial: Path, config: Config, data: Data) -> None:
+    """Note what is trained, and where, in config.json. A run that goes on must be the one that was started: raises
+    BadInput with each setting and each row that is not as it was, and says what else is another machine's.
+    """
+    checkpoint, file = last_checkpoint(partial), partial / "config.json"
+    if checkpoint and not config.resume:
+        ways = "add --resume to go on with it, give another --output-dir, or delete it"
+        raise BadInput(f"{partial} holds an unfinished run ({checkpoint.name}); {ways}")
+    free = ("report_to", "max_vram", "output_dir", "data", "require_improvement")
+    now = {key: value for key, value in config_as_json(config).items() if key not in free}
+    sides = {"train": data.train, "held out": data.eval} | ({"test": data.test} if config.split_field else {})
+    rows = [(side, row) for side in sides for row in sides[side]]
+    rows = [f"{side}: {row.last_question[:80]} ({row.id}{sorted(row.untrained) or ''})" for side, row in rows]
+    here = environment() | {"precision": str(compute_dtype(config.fp16)).removeprefix("torch.")}
+    here |= here.pop("versions")
+    noted = {"data": [file["sha256"] for file in data.files], "rows": rows, "machine": here}
+    if not checkpoint:  # nothing was trained yet, even if a run was killed here; what it wrote may be half of it
+        (partial / "replay.json").unlink(missing_ok=True)
+        file.write_text(json.dumps(now | noted, indent=1) + "\n", encoding="utf-8")
+    elif file.is_file():
+        compare_runs(read_json(file), now, noted)
+    if config.resume:
+        say("Resume", f"from {checkpoint}" if checkpoint else "nothing was trained yet: from the beginning")
+
+
+def compare_runs(then: dict, settings: dict, noted: dict) -> None:
+    """`then` is config.json as a run wrote it that is to go on; the others are what note_run() would write now."""
+    found, other_files = Findings(), then["data"] != noted["data"]
+    for key in [key for key in settings if settings[key] != then.get(key)]:
+        found.problem(f"{key} was {then.get(key)!r}, is {settings[key]!r}", "--resume: not the run that was started")
+    known, rows, here = then.get("rows", []), noted["rows"], noted["machine"]
+    gone = {*known} - {*rows}
+    for row in known and sorted({*known} ^ {*rows}):
+        found.problem(f"{'gone' if row in gone else 'new'}: {row}", "--resume: the data have changed")
+    if other_files and not found.problems and known != rows:  # their order; or 0.1.0 began it, which noted no rows
+        found.problem("the data files have changed", "--resume")
+    found.stop_on_problems()
+    before = then.get("machine", here)
+    other = [f"{key} was {before.get(key)}, is {here[key]}" for key in here if before.get(key) != here[key]]
+    if other:
+        say("Resume", "; ".join(other) + ": the adapter may differ a little from that of a run that went through")
+    if other_files:
+        say("Resume", "the data files have changed, but no row of them")
 
 
 def remove_traces(partial: Path, made: list[Path]) -> None:
     """A run that ends before its first checkpoint leaves nothing behind; what others put there stays."""
     if not last_checkpoint(partial):
         log_to(None)
-        for name in ("train.log", "config.json", "replay.json"):
+        for name in ("train.log", "config.json", "replay.json", "lock"):
             (partial / name).unlink(missing_ok=True)
         for folder in made:
             with contextlib.suppress(OSError):  # not empty: somebody else uses it
@@ -2693,7 +2824,7 @@ def make_run(config: Config, source: Source, tokenizer: Tokenizer, data: Data, f
         "training": facts["training"],
         "evaluation": facts["evaluation"],
         "environment": environment(),
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds + facts["training"]["seconds_before_resume"], 1),
     }
 
 
@@ -2720,6 +2851,7 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     texts = {name: render(template, run, output.name) for name, template in PAGES.items()}
     for name, text in (texts | {"run.json": json_text(run, indent=1) + "\n"}).items():
         (result / name).write_text(text, encoding="utf-8")
+    (partial / "config.json").unlink(missing_ok=True)  # the sign that all is done, whatever happens from here
     result.rename(output)
     log_to(None)
     shutil.rmtree(partial, ignore_errors=True)
@@ -3757,6 +3889,10 @@ def without_home(path: Path | str) -> str:
 # Start
 
 
+def interrupt(number: int, _: Any) -> NoReturn:
+    raise KeyboardInterrupt(number)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 failed, 2 bad input, 3 not improved, 128 + signal where it was stopped."""
     for stream in (sys.stdout, sys.stderr):
@@ -3765,6 +3901,7 @@ def main(argv: list[str] | None = None) -> int:
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     log, code, said = None, 0, ""
     try:
+        signal.signal(signal.SIGTERM, interrupt)
         config = parse(argv)
         handle, log = tempfile.mkstemp(prefix="finetune-", suffix=".log")
         os.close(handle)

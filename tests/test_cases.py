@@ -670,9 +670,9 @@ def test_a_folder_that_cannot_be_made_names_the_flag_and_leaves_nothing(case, he
     prepare, name, expected = BAD_OUTPUTS[case]
     prepare(here)
     before = set(here.rglob("*"))
-    config, data = Config(data=(faq,), output_dir=Path(name)), load(faq)
+    config = Config(data=(faq,), output_dir=Path(name))
     with pytest.raises(BadInput, match=f"(?s)--output-dir.*{expected}"):
-        finetune.make_folder(finetune.choose_output(config, types.SimpleNamespace(name="x"))[1], config, data)
+        finetune.make_folder(finetune.choose_output(config, types.SimpleNamespace(name="x"))[1])
     assert set(here.rglob("*")) == before
 
 
@@ -682,7 +682,10 @@ def test_a_run_that_ends_early_removes_what_it_made_and_nothing_else(here, faq):
     def start(name):
         config = Config(data=(faq,), output_dir=Path("runs") / name)
         partial = finetune.choose_output(config, types.SimpleNamespace(name="x"))[1]
-        return partial, finetune.make_folder(partial, config, data)
+        made, lock = finetune.make_folder(partial)
+        finetune.note_run(partial, config, data)
+        lock.release()
+        return partial, made
 
     first, second = start("a"), start("b")
     (second[0] / "checkpoint-3").mkdir()
