@@ -1637,7 +1637,7 @@ def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Pl
 # ours adds what is checked between epochs, checkpoints by the clock, and a way on when memory runs out.
 
 CHECKPOINT_SECONDS = 120  # a lost session costs at most this much training, and a Ctrl-C nothing
-EXPLODED_UPDATES = 10  # over so many the mean loss may be at most as loss_limit() says
+EXPLODED_UPDATES = 10  # so many whose mean loss is above the monitor's loss_limit()
 CHECKS = 4  # of a training for knowledge, spread over its epochs: each answers questions. For style: every epoch
 
 
@@ -1887,6 +1887,9 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
             kept["seconds_before"] = round(self.seconds_before + time.monotonic() - self.began, 2)
             return {"args": {}, "attributes": kept}
 
+        def loss_limit(self):  # above it a model is broken, not slow
+            return 2 * mean(self.epochs[0]["nll"]) + 1
+
         def on_step_begin(self, *_, **__):
             self.step_started = time.monotonic()
 
@@ -1913,7 +1916,7 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
         def on_log(self, args, state, control, logs, optimizer=None, **_):
             track(state.log_history[-1])
             if "loss" in logs:
-                check_update(state.log_history, loss_limit(self.epochs), getattr(optimizer, "scaler", None))
+                check_update(state.log_history, self.loss_limit(), getattr(optimizer, "scaler", None))
             if state.global_step:
                 report_progress(f"{self.status(state)}  update", state.global_step, state.max_steps)
 
@@ -1953,11 +1956,6 @@ def patience_is_over(epochs: list[dict], config: Config) -> bool:
     return 0 < patience < trained and choose_epoch(epochs, config.goal) <= trained - patience
 
 
-def loss_limit(epochs: list[dict]) -> float:
-    """Above it a model is broken, not slow: twice the base's held-out loss, and 1 more."""
-    return 2 * mean(epochs[0]["nll"]) + 1
-
-
 def check_update(log: list[dict], limit: float, scaler: Any) -> None:
     """Raises FloatingPointError if the last update in the trainer's log went wrong, before anything of it is saved.
     `scaler` is fp16's, which skips an update whose gradient overflows, and scales the next one by half as much.
@@ -1978,7 +1976,7 @@ def check_update(log: list[dict], limit: float, scaler: Any) -> None:
 
 def way_on(partial: Path, log: list[dict], monitor: Any, config: Config) -> str:
     """After training went wrong: the last good checkpoint, and how to start again."""
-    limit = loss_limit(monitor.epochs)
+    limit = monitor.loss_limit()
     bad = [entry["step"] - 1 for entry in log[-EXPLODED_UPDATES:] if not entry.get("loss", 0) <= limit]
     good = last_checkpoint(partial, before=min(bad, default=log[-1]["step"] if log else 0))
     use = f"{good}, an adapter like any other (python chat.py --adapter)" if good else "none"
@@ -2713,7 +2711,7 @@ def note_run(partial: Path, config: Config, data: Data) -> None:
     now = {key: value for key, value in config_as_json(config).items() if key not in free}
     sides = {"train": data.train, "held out": data.eval} | ({"test": data.test} if config.split_field else {})
     rows = [(side, row) for side in sides for row in sides[side]]
-    rows = [f"{side}: {row.last_question[:80]} ({row.id}{sorted(row.untrained) or ''})" for side, row in rows]
+    rows = {f"{side}: {row.last_question[:80]} ({row.id}{sorted(row.untrained) or ''})": "there" for side, row in rows}
     here = environment() | {"precision": str(compute_dtype(config.fp16)).removeprefix("torch.")}
     here |= here.pop("versions")
     noted = {"data": [file["sha256"] for file in data.files], "rows": rows, "machine": here}
@@ -2721,29 +2719,25 @@ def note_run(partial: Path, config: Config, data: Data) -> None:
         (partial / "replay.json").unlink(missing_ok=True)
         file.write_text(json.dumps(now | noted, indent=1) + "\n", encoding="utf-8")
     elif file.is_file():
-        compare_runs(read_json(file), now, noted)
+        then, found = read_json(file), Findings()
+        files, known, machine = then.pop("data"), then.pop("rows", {}), then.pop("machine", here)
+        for line in differences(then, now) + (differences(known, rows) if known else []):
+            found.problem(line, "--resume: not the run that was started")
+        other_files = files != noted["data"]
+        if other_files and list(known) != list(rows):  # another order, or 0.1.0 began it, which noted no rows
+            found.problem("the data files have changed", "--resume")
+        found.stop_on_problems()
+        for line in differences(machine, here):
+            say("", f"note: {line}: the adapter may differ a little from that of a run that went through")
+        if other_files:
+            say("", "note: the data files have changed, but no row of them")
     if config.resume:
         say("Resume", f"from {checkpoint}" if checkpoint else "nothing was trained yet: from the beginning")
 
 
-def compare_runs(then: dict, settings: dict, noted: dict) -> None:
-    """`then` is config.json as a run wrote it that is to go on; the others are what note_run() would write now."""
-    found, other_files = Findings(), then["data"] != noted["data"]
-    for key in [key for key in settings if settings[key] != then.get(key)]:
-        found.problem(f"{key} was {then.get(key)!r}, is {settings[key]!r}", "--resume: not the run that was started")
-    known, rows, here = then.get("rows", []), noted["rows"], noted["machine"]
-    gone = {*known} - {*rows}
-    for row in known and sorted({*known} ^ {*rows}):
-        found.problem(f"{'gone' if row in gone else 'new'}: {row}", "--resume: the data have changed")
-    if other_files and not found.problems and known != rows:  # their order; or 0.1.0 began it, which noted no rows
-        found.problem("the data files have changed", "--resume")
-    found.stop_on_problems()
-    before = then.get("machine", here)
-    other = [f"{key} was {before.get(key)}, is {here[key]}" for key in here if before.get(key) != here[key]]
-    if other:
-        say("Resume", "; ".join(other) + ": the adapter may differ a little from that of a run that went through")
-    if other_files:
-        say("Resume", "the data files have changed, but no row of them")
+def differences(then: dict, now: dict) -> list[str]:
+    keys = [key for key in then | now if then.get(key) != now.get(key)]
+    return [f"{key} was {then.get(key, 'not there')}, is {now.get(key, 'not there')}" for key in keys]
 
 
 def remove_traces(partial: Path, made: list[Path]) -> None:
