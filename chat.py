@@ -1339,7 +1339,8 @@ def choose_models(options: Options) -> tuple[Source, list[Adapter]]:
         return finetune.find_model(None, finetune.has_gpu()), []
     if not adapters[0].base:
         raise BadInput(f"adapter {adapters[0].path}: does not say which model it was trained on; name it with --model")
-    source = finetune.find_model(adapters[0].base, gpu=False)
+    commit = str(adapters[0].part("model").get("revision"))  # of a base from the hub
+    source = finetune.find_model(adapters[0].base, False, commit if re.fullmatch("[0-9a-f]{40}", commit) else None)
     for adapter in adapters:
         check_base(adapter, source)
     return source, adapters
@@ -1756,8 +1757,8 @@ class Engine:
                 lora.inference_mode = True
                 self.network = peft.PeftModel(self.network, lora, key)
             loaded = self.network.load_adapter(str(adapter.path), key)
-            if loaded.missing_keys:
-                raise ValueError(f"{len(loaded.missing_keys)} of its tensors are missing")
+            if wrong := [*loaded.missing_keys, *loaded.unexpected_keys]:
+                raise ValueError(f"{len(wrong)} tensors are missing or left over, like {wrong[0]}")
         except (ValueError, KeyError, TypeError, RuntimeError, OSError, safetensors.SafetensorError) as error:
             known = getattr(self.network, "peft_config", {})
             if list(known) == [key]:

