@@ -2700,8 +2700,6 @@ def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
     except (OSError, ValueError) as error:  # a folder that may not be read too
         raise BadInput(f"--output-dir {str(output)[:200]}: {getattr(error, 'strerror', None) or error}") from None
     checkpoint = last_checkpoint(partial)
-    for folder in [sums.parent for sums in partial.rglob(SUMS)] if checkpoint else ():
-        check_sums(folder, f"delete {folder if folder == checkpoint else partial}, and start again from what is left")
     numbers = count_weights(source.config, config).lora  # of each LoRA weight, a checkpoint has two moments too
     need_space(partial, (16 if checkpoint else 40) * numbers + 30e6)  # three at a time, and the result
     return output, partial
@@ -2752,6 +2750,8 @@ def note_run(partial: Path, config: Config, data: Data) -> None:
     if checkpoint and not config.resume:
         ways = "add --resume to go on with it, give another --output-dir, or delete it"
         raise BadInput(f"{partial} holds an unfinished run ({checkpoint.name}); {ways}")
+    for folder in [sums.parent for sums in partial.rglob(SUMS)] if checkpoint else ():
+        check_sums(folder, f"delete {folder if folder == checkpoint else partial}, and start again from what is left")
     free = ("report_to", "max_vram", "output_dir", "data", "require_improvement")
     now = {key: value for key, value in config_as_json(config).items() if key not in free}
     sides = {"train": data.train, "held out": data.eval} | ({"test": data.test} if config.split_field else {})
