@@ -3725,7 +3725,8 @@ def damaged(folder: Path) -> list[Path]:
 def check_sums(folder: Path, remedy: str) -> None:
     """Raises BadInput that names a damaged file of this folder, and says what to do."""
     if bad := damaged(folder):
-        raise BadInput(f"{bad[0]} is damaged, or was changed since {SUMS} beside it was written; {remedy}")
+        changed = f", or was changed since {SUMS} beside it was written" if (folder / SUMS).is_file() else ""
+        raise BadInput(f"{bad[0]} is damaged{changed}; {remedy}")
 
 
 def need_space(folder: Path, size: float) -> None:

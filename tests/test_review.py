@@ -50,7 +50,7 @@ def made_up_adapter(folder: Path, run: dict, name: str = "mine") -> Path:
     adapter = folder / "adapters" / name
     adapter.mkdir(parents=True)
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    (adapter / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")  # no tensor
     (adapter / "run.json").write_text(json.dumps(run))
     return adapter
 
