@@ -3950,7 +3950,8 @@ def own_screen(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
     try:
         yield files[0], files[1]
     except Exception as error:
-        if not (isinstance(error, (BadInput, BrokenPipeError)) or ran_out_of(error)):
+        told = isinstance(error, (BadInput, BrokenPipeError)) or ran_out_of(error)
+        if not told and library_log.name != os.devnull:  # once a run is saved its log is gone
             traceback.print_exc(file=library_log)
             error.add_note(f"The traceback is in {library_log.name}.")
         raise

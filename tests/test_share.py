@@ -132,6 +132,7 @@ def saved(tmp_path) -> Path:
     for name, text in (texts | {"review.json": "{}", "notes.txt": "", "export/adapter.gguf": ""}).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+    (folder / "adapter_model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")  # no tensor
     return folder
 
 
@@ -162,6 +163,12 @@ def test_a_run_is_pushed_and_again_by_the_command_that_a_failed_push_names(
     assert not folder.with_name(folder.name + ".partial").exists()
     [again] = [line for line in done.stderr.splitlines() if "is complete" in line]
     command = shlex.split(again.partition("python finetune.py ")[2])
+    assert "traceback" not in done.stderr  # the log has gone with the run's unfinished folder
+
+    failed = run(*command, **logged_in)
+    assert failed.returncode == 1 and again in failed.stderr, failed.stderr
+    [log] = (tmp_path / "tmp").glob("*.log")
+    assert f"The traceback is in {log}." in failed.stderr and "403 Forbidden" in log.read_text()
 
     hub.status.clear()
     pushed = run(*command, **logged_in)
@@ -175,10 +182,9 @@ def test_a_run_is_pushed_and_again_by_the_command_that_a_failed_push_names(
     assert not [text for text in texts_of_rows(40) if text in everything_sent(hub)]
 
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
-    logs = [path for path in written if path.suffix == ".log"]
-    assert len(logs) == 1 and "403" in logs[0].read_text()  # of the push that failed
+    assert log in written
     assert not [path for path in written if WRITE.encode() in path.read_bytes()]
-    assert WRITE not in done.stdout + done.stderr + pushed.stdout
+    assert WRITE not in done.stdout + done.stderr + failed.stderr + pushed.stdout
     assert (
         not {"push", "push_to_hub", "push_questions"} & json.loads((folder / "run.json").read_text())["config"].keys()
     )
