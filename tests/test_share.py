@@ -337,6 +337,21 @@ def test_trackers_hold_the_same_names_and_steps(tracker, run, faq, tiny_model, t
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
+def test_a_resumed_run_stands_once_in_tensorboard(tmp_path, monkeypatch):
+    """What was written before it was stopped is in the same folder."""
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    for losses in ((3.0, 2.5), (3.0, 2.5, 2.0)):
+        tracker = finetune.Tracker(finetune.Config(report_to="tensorboard"), "mine")
+        for step, loss in enumerate(losses, 1):
+            tracker.log({"step": step, "loss": loss})
+        tracker.run.close()
+    assert from_tensorboard(tmp_path)[1] == {"train/loss": {1: 3.0, 2: 2.5, 3: 2.0}}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert len(EventAccumulator("runs/mine").Reload().Scalars("train/loss")) == 3
+
+
 def test_a_tracker_that_does_not_start_stops_the_run_before_training(run, faq, tiny_model, tmp_path):
     (tmp_path / "runs").write_text("a file where the tracker wants a folder")
     pytest.importorskip("tensorboard")
