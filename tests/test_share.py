@@ -174,7 +174,7 @@ def test_a_run_is_pushed_and_again_by_the_command_that_a_failed_push_names(
     pushed = run(*command, **logged_in)
     assert pushed.returncode == 0 and pushed.stderr == "", pushed.stderr
     assert "report.html and run.json hold your questions' text and stayed here" in pushed.stdout
-    files = {path.name for path in folder.iterdir()} - {"report.html", "run.json"}
+    files = {path.name for path in folder.iterdir()} - {"report.html", "run.json", "SHA256SUMS"}  # it has run.json
     assert files == {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json"} | {
         "chat_template.jinja", "README.md", "loss.png"
     }  # fmt: skip
