@@ -2333,5 +2333,6 @@ if __name__ == "__main__":
 #     "trl>=1.13,<1.14", "datasets>=4,<5", "accelerate>=1.10,<2", "prompt_toolkit>=3.0.50,<4", "gguf>=0.17,<1",
 #     "openpyxl>=3.1,<4", "pyarrow>=17", "ftfy>=6.2,<7", "rapidfuzz>=3.10,<4", "sacrebleu>=2.5,<3", "jinja2>=3.1,<4",
 #     "annotated-types>=0.7,<1", "tyro>=1,<2", "rich>=14,<16", "matplotlib>=3.9,<4", "pyyaml>=6,<7", "psutil>=6",
+#     "filelock>=4.3,<5",
 # ]
 # ///

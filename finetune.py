@@ -281,10 +281,8 @@ def run_evaluation(config: Config | None = None) -> dict:
     # 1. Find everything that can be wrong with the data, the model's name and the output folder.
     data, source, tokenizer, examples, config = check_input(config or Config())
     output, partial = choose_output(config, source)
-    if output.exists():  # with --resume: it was killed when all was done
-        shutil.rmtree(partial, ignore_errors=True)
-        say("Saved", f"{output}   was finished; nothing is left to do")
-        return read_json(output / "run.json") | {"output_dir": output}
+    if output.exists():
+        return already_finished(output, partial)
     made, lock = make_folder(partial)
     try:
         note_run(partial, config, data)
@@ -1664,8 +1662,8 @@ def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Pl
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Train: takes the model with its LoRA and a plan, leaves the best weights in the model. TRL's trainer does the work;
-# ours adds what is checked between epochs, checkpoints by the clock, and a way on when memory runs out.
+# Train: takes the model with its LoRA and a plan, leaves the best weights in the model. TRL's trainer does the work
+# (next section); here are the rows in their order, and a way on when memory runs out.
 
 CHECKPOINT_SECONDS = 120  # a lost session costs at most this much training, and a Ctrl-C nothing
 EXPLODED_UPDATES = 10  # so many whose mean loss is above the monitor's loss_limit()
@@ -1812,12 +1810,17 @@ def training_facts(state: Any, best: int, rows: list[Example], plan: Plan, monit
     }
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Trainer: takes rows in order, a plan and a way to check the model, gives TRL's trainer, what watches it, and what ends
+# it: signals, patience, numbers that went wrong.
+
+
 def make_trainer(
     model: Model, tokenizer: Tokenizer, rows: list[Example], validate: Callable[[], dict], plan: Plan, config: Config,
     partial: Path, callbacks: tuple,
 ):  # fmt: skip
     """TRL's SFTTrainer for this plan. callbacks[0] is make_monitor()'s, which collects what `validate` finds."""
-    gpu, dtype = has_gpu(), compute_dtype(config.fp16)
+    gpu = has_gpu()
 
     class Trainer(trl.SFTTrainer):
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -1828,13 +1831,7 @@ def make_trainer(
                 model.config.use_cache = cached
                 unsloth.FastLanguageModel.for_training(model)
             loss = mean(epochs[-1]["nll"])
-            if not math.isfinite(loss):
-                cause = "lower --learning-rate" if step else f"the base itself gives no numbers in {dtype}"
-                raise FloatingPointError(f"the held-out loss is {loss} after {step} updates; {cause}")
-            if step and not any(w.any() for name, w in model.named_parameters() if "lora_" in name and "_B." in name):
-                rate = max(entry.get("learning_rate", 0) for entry in self.state.log_history)
-                cause = "every gradient was 0 or skipped" if rate else "they were all warm-up: lower --warmup-steps"
-                raise FloatingPointError(f"the adapter did not change in {step} updates; {cause}")
+            check_adapter(model, loss, self.state)
             self.log({"eval_loss": loss})
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {"eval_loss": loss})
             # The trainer keeps the checkpoint with the highest "eval_best": it rises with each new best.
@@ -1853,10 +1850,26 @@ def make_trainer(
             self.optimizer = peft_optimizers.create_loraplus_optimizer(model, kind, **own, **settings)
             return self.optimizer
 
+    if gpu:  # Unsloth's trainer goes by this and not by its arguments
+        model._unsloth_gradient_checkpointing = plan.gradient_checkpointing
+    exact = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
+    table = [{"input_ids": e.input_ids, "completion_mask": e.completion_mask} for e in rows]
+    how = {"train_dataset": datasets.Dataset.from_list(table), "processing_class": tokenizer}
+    trainer = Trainer(model, training_arguments(plan, config, partial), callbacks=list(callbacks), **how)
+    for weight, data in exact:  # TRL rounds the adapter of a 4-bit model to bf16, and AdamW's steps with it
+        weight.data = data
+    if gpu:
+        trainer.data_collator = like_lengths(trainer.data_collator, tokenizer.pad_token_id)
+    trainer.remove_callback(trainer_callback.PrinterCallback)
+    return trainer
+
+
+def training_arguments(plan: Plan, config: Config, partial: Path) -> trl.SFTConfig:
+    gpu, dtype = has_gpu(), compute_dtype(config.fp16)
     same = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
     # TRL's other loss reads the head's own weight and refuses a head that LoRA wraps.
     loss = "nll" if "lm_head" in config.target_modules else "chunked_nll"
-    args = trl.SFTConfig(
+    return trl.SFTConfig(
         **{name: getattr(config, name) for name in same}, max_steps=plan.updates,
         train_sampling_strategy="sequential",  # training_rows() has put them in order
         per_device_train_batch_size=plan.micro_batch_size, optim=plan.optim, padding_free=plan.padding_free,
@@ -1869,18 +1882,6 @@ def make_trainer(
         logging_steps=1, logging_nan_inf_filter=False, report_to="none", disable_tqdm=True, data_seed=config.seed,
         dataset_num_proc=None,
     )  # fmt: skip
-    if gpu:  # Unsloth's trainer goes by this and not by its arguments
-        model._unsloth_gradient_checkpointing = plan.gradient_checkpointing
-    exact = [(weight, weight.data) for weight in model.parameters() if weight.requires_grad]
-    table = [{"input_ids": e.input_ids, "completion_mask": e.completion_mask} for e in rows]
-    dataset = datasets.Dataset.from_list(table)
-    trainer = Trainer(model, args, train_dataset=dataset, processing_class=tokenizer, callbacks=list(callbacks))
-    for weight, data in exact:  # TRL rounds the adapter of a 4-bit model to bf16, and AdamW's steps with it
-        weight.data = data
-    if gpu:
-        trainer.data_collator = like_lengths(trainer.data_collator, tokenizer.pad_token_id)
-    trainer.remove_callback(trainer_callback.PrinterCallback)
-    return trainer
 
 
 def like_lengths(collate: Callable[[list[dict]], dict], pad_token_id: int, multiple: int = 8) -> Callable:
@@ -1941,7 +1942,7 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
             track(self.epochs[-1])
             control.should_training_stop |= patience_is_over(self.epochs, config)
             if state.global_step:
-                line = f"{'':10}update {state.global_step:>4}/{state.max_steps}  {self.status(state)}"
+                line = f"{'':10}update {state.global_step:>4}/{state.max_steps}  {progress_of(self, state, tokens)}"
                 console.print(Text(line, style="dim"), soft_wrap=True)
 
         def on_save(self, args, state, *_, **__):
@@ -1953,18 +1954,20 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
             if "loss" in logs:
                 check_update(state.log_history, self.loss_limit(), getattr(optimizer, "scaler", None))
             if state.global_step:
-                report_progress(f"{self.status(state)}  update", state.global_step, state.max_steps)
-
-        def status(self, state: Any) -> str:
-            last = {key: value for entry in state.log_history for key, value in entry.items()}
-            held_out = f"  held-out {last['eval_loss']:.3f}" if "eval_loss" in last else ""
-            recall = self.epochs[-1]["recall"] if self.epochs else None
-            knows = "" if recall is None else f"  knows {recall:.0%}"
-            speed = tokens * state.global_step / max(self.seconds, 1e-9)
-            rate = f"lr {last['learning_rate']:.1e}  {speed:.0f} tok/s  {memory_now():.1f} GiB"
-            return f"loss {last['loss']:.2f}{held_out}{knows}  {rate}"
+                report_progress(f"{progress_of(self, state, tokens)}  update", state.global_step, state.max_steps)
 
     return Monitor()
+
+
+def progress_of(monitor: Any, state: Any, tokens: float) -> str:
+    """The line of numbers that stands beside the bar, and at each check. `tokens`: of an update."""
+    last = {key: value for entry in state.log_history for key, value in entry.items()}
+    held_out = f"  held-out {last['eval_loss']:.3f}" if "eval_loss" in last else ""
+    recall = monitor.epochs[-1]["recall"] if monitor.epochs else None
+    knows = "" if recall is None else f"  knows {recall:.0%}"
+    speed = tokens * state.global_step / max(monitor.seconds, 1e-9)
+    rate = f"lr {last['learning_rate']:.1e}  {speed:.0f} tok/s  {memory_now():.1f} GiB"
+    return f"loss {last['loss']:.2f}{held_out}{knows}  {rate}"
 
 
 @contextlib.contextmanager
@@ -1989,6 +1992,18 @@ def patience_is_over(epochs: list[dict], config: Config) -> bool:
     """Whether the last `early_stopping_patience` checks brought nothing better."""
     trained, patience = len(epochs) - 1, config.early_stopping_patience
     return 0 < patience < trained and choose_epoch(epochs, config.goal) <= trained - patience
+
+
+def check_adapter(model: Model, loss: float, state: Any) -> None:
+    """Raises FloatingPointError if a check finds no number for the held-out loss, or an adapter that does nothing."""
+    step = state.global_step
+    if not math.isfinite(loss):
+        cause = "lower --learning-rate" if step else f"the base itself gives no numbers in {model.dtype}"
+        raise FloatingPointError(f"the held-out loss is {loss} after {step} updates; {cause}")
+    if step and not any(w.any() for name, w in model.named_parameters() if "lora_" in name and "_B." in name):
+        rate = max(entry.get("learning_rate", 0) for entry in state.log_history)
+        cause = "every gradient was 0 or skipped" if rate else "they were all warm-up: lower --warmup-steps"
+        raise FloatingPointError(f"the adapter did not change in {step} updates; {cause}")
 
 
 def check_update(log: list[dict], limit: float, scaler: Any) -> None:
@@ -2703,6 +2718,13 @@ def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
     numbers = count_weights(source.config, config).lora  # of each LoRA weight, a checkpoint has two moments too
     need_space(partial, (16 if checkpoint else 40) * numbers + 30e6)  # three at a time, and the result
     return output, partial
+
+
+def already_finished(output: Path, partial: Path) -> dict:
+    """What --resume finds when the run was killed after all was done."""
+    shutil.rmtree(partial, ignore_errors=True)
+    say("Saved", f"{output}   was finished; nothing is left to do")
+    return read_json(output / "run.json") | {"output_dir": output}
 
 
 def make_folder(partial: Path) -> tuple[list[Path], filelock.SoftFileLease]:
@@ -4074,5 +4096,6 @@ if __name__ == "__main__":
 #     "trl>=1.13,<1.14", "datasets>=4,<5", "accelerate>=1.10,<2", "prompt_toolkit>=3.0.50,<4", "gguf>=0.17,<1",
 #     "openpyxl>=3.1,<4", "pyarrow>=17", "ftfy>=6.2,<7", "rapidfuzz>=3.10,<4", "sacrebleu>=2.5,<3", "jinja2>=3.1,<4",
 #     "annotated-types>=0.7,<1", "tyro>=1,<2", "rich>=14,<16", "matplotlib>=3.9,<4", "pyyaml>=6,<7", "psutil>=6",
+#     "filelock>=4.3,<5",
 # ]
 # ///
