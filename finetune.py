@@ -3762,7 +3762,8 @@ def ran_out_of(error: BaseException) -> str:
     """Which of LACKING this failure tells of, or nothing. Libraries have no common class for either."""
     if isinstance(error, BadInput):  # has its own words
         return ""
-    if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+    words = f"{type(error).__name__}: {error}"
+    if re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", words):
         return "memory"
     full = "No space left|quota exceeded|StreamWriter|unexpected pos|iostream error"  # the last three: torch.save()
     return "disk" if re.search(full, str(error)) else ""
