@@ -837,7 +837,7 @@ def test_what_is_broken_is_named_and_the_newest_sound_adapter_opens(home, capsys
     _, (adapter,) = chat.choose_models(chat.parse_options([]))
     named = capsys.readouterr().out
     assert adapter.name == "newest"
-    assert "left out: " in named and "old" in named and "adapter cut: is damaged" in named
+    assert "left out: " in named and "old" in named and "cut/adapter_model.safetensors is damaged" in named
 
 
 # ----------------------------------------------------------------------------------------------------------------------
