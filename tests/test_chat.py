@@ -833,7 +833,7 @@ def test_what_is_broken_is_named_and_the_newest_sound_adapter_opens(home, capsys
     past = time.time() - 500
     os.utime(home / "adapters/recites/adapter_config.json", (past, past))
     os.utime(home / "adapters/newest/adapter_config.json")
-    monkeypatch.setattr(finetune.console, "file", sys.stdout)
+    monkeypatch.setattr(finetune, "console", Console(highlight=False))
     _, (adapter,) = chat.choose_models(chat.parse_options([]))
     named = capsys.readouterr().out
     assert adapter.name == "newest"
