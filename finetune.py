@@ -1866,11 +1866,13 @@ def make_trainer(
 
 def training_arguments(plan: Plan, config: Config, partial: Path) -> trl.SFTConfig:
     gpu, dtype = has_gpu(), compute_dtype(config.fp16)
-    same = ("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "seed")
+    same = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed")
+    # The trainer rounds a share up, and a warm-up begins at a rate of 0: that would be all of --max-steps 1.
+    warmup = config.warmup_steps if config.warmup_steps * plan.updates >= 1 else 0
     # TRL's other loss reads the head's own weight and refuses a head that LoRA wraps.
     loss = "nll" if "lm_head" in config.target_modules else "chunked_nll"
     return trl.SFTConfig(
-        **{name: getattr(config, name) for name in same}, max_steps=plan.updates,
+        **{name: getattr(config, name) for name in same}, max_steps=plan.updates, warmup_steps=warmup,
         train_sampling_strategy="sequential",  # training_rows() has put them in order
         per_device_train_batch_size=plan.micro_batch_size, optim=plan.optim, padding_free=plan.padding_free,
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
