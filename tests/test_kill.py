@@ -426,5 +426,6 @@ def test_seconds_of_the_job_are_those_of_all_sessions(trained):
     assert 0 < state["stateful_callbacks"]["Monitor"]["attributes"]["seconds_before"] < 100
     state["stateful_callbacks"]["Monitor"]["attributes"]["seconds_before"] += 1000  # as if it had been a long run
     file.write_text(json.dumps(state))
+    finetune.write_sums(file.parent)
     run = trained(max_steps=8, resume=True)
     assert 1000 < run["training"]["seconds_before_resume"] < run["seconds"] < 1200
