@@ -2775,6 +2775,9 @@ def note_run(partial: Path, config: Config, data: Data) -> None:
         ways = "add --resume to go on with it, give another --output-dir, or delete it"
         raise BadInput(f"{partial} holds an unfinished run ({checkpoint.name}); {ways}")
     for folder in [sums.parent for sums in partial.rglob(SUMS)] if checkpoint else ():
+        if folder not in (partial, checkpoint) and not all(file.is_file() for file in damaged(folder)):
+            shutil.rmtree(folder)  # killed while the trainer removed an old one
+            continue
         check_sums(folder, f"delete {folder if folder == checkpoint else partial}, and start again from what is left")
     free = ("report_to", "max_vram", "output_dir", "data", "require_improvement")
     now = {key: value for key, value in config_as_json(config).items() if key not in free}

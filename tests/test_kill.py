@@ -75,7 +75,10 @@ class Job:
 
     def last(self, pattern: str) -> int:
         """The number of the last moment like that."""
-        return max(n for n, moment in enumerate(self.moments, 1) if re.search(pattern, moment))
+        return max(self.all(pattern))
+
+    def all(self, pattern: str) -> list[int]:
+        return [n for n, moment in enumerate(self.moments, 1) if re.search(pattern, moment)]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +109,7 @@ def resumed_as_whole(job, name: str) -> str:
 PLACES = {
     "before anything is trained": (r"open .*replay.json", signal.SIGTERM, 143),
     "inside a checkpoint": (r"open .*checkpoint-9/trainer_state.json", signal.SIGKILL, -9),
+    "inside an old checkpoint": (r"remove optimizer.pt", signal.SIGKILL, -9),
     "inside the final folder": (r"open .*result/run.json", signal.SIGINT, 130),
     "when it is there": (r"remove train.log", signal.SIGKILL, -9),
 }
@@ -114,7 +118,8 @@ PLACES = {
 @pytest.mark.parametrize("where", PLACES)
 def test_killed_and_resumed_is_the_same_adapter(where, job):
     pattern, number, code = PLACES[where]
-    killed = job("killed", moment=job.last(pattern), number=number)
+    moments = job.all(pattern)  # the last; of removals the first, for at the end everything is removed
+    killed = job("killed", moment=moments[0 if where == "inside an old checkpoint" else -1], number=number)
     assert killed.returncode == code and "Traceback" not in killed.stderr, killed.stderr
     assert not (job.cwd / "killed/adapter_model.safetensors").exists() or where == "when it is there"
     resumed_as_whole(job, "killed")
