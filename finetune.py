@@ -2774,11 +2774,8 @@ def note_run(partial: Path, config: Config, data: Data) -> None:
     if checkpoint and not config.resume:
         ways = "add --resume to go on with it, give another --output-dir, or delete it"
         raise BadInput(f"{partial} holds an unfinished run ({checkpoint.name}); {ways}")
-    for folder in [sums.parent for sums in partial.rglob(SUMS)] if checkpoint else ():
-        if folder not in (partial, checkpoint) and not all(file.is_file() for file in damaged(folder)):
-            shutil.rmtree(folder)  # killed while the trainer removed an old one
-            continue
-        check_sums(folder, f"delete {folder if folder == checkpoint else partial}, and start again from what is left")
+    if checkpoint:
+        check_checkpoints(partial, checkpoint)
     free = ("report_to", "max_vram", "output_dir", "data", "require_improvement")
     now = {key: value for key, value in config_as_json(config).items() if key not in free}
     sides = {"train": data.train, "held out": data.eval} | ({"test": data.test} if config.split_field else {})
@@ -2805,6 +2802,17 @@ def note_run(partial: Path, config: Config, data: Data) -> None:
             say("", "note: the data files have changed, but no row of them")
     if config.resume:
         say("Resume", f"from {checkpoint}" if checkpoint else "nothing was trained yet: from the beginning")
+
+
+def check_checkpoints(partial: Path, last: Path) -> None:
+    """Before a run goes on: raises BadInput that names a damaged file. A checkpoint of which files are gone goes whole:
+    the run was killed while the trainer removed it.
+    """
+    for folder in [sums.parent for sums in partial.rglob(SUMS)]:
+        if folder not in (partial, last) and not all(file.is_file() for file in damaged(folder)):
+            shutil.rmtree(folder)
+            continue
+        check_sums(folder, f"delete {folder if folder == last else partial}, and start again from what is left")
 
 
 def differences(then: dict, now: dict) -> list[str]:

@@ -351,18 +351,23 @@ def test_a_damaged_checkpoint_is_named(finished, tiny, job, tmp_path, tiny_model
     config = finetune.Config(output_dir=finished / "unfinished", resume=True)
     partial = finished / "unfinished.partial"
     assert finetune.choose_output(config, tiny)[1] == partial
+
+    def check():
+        finetune.check_checkpoints(partial, finetune.last_checkpoint(partial))
+
+    check()
     for checkpoint, remedy in (("checkpoint-5", f"delete {partial}, and"), ("checkpoint-10", "checkpoint-10, and")):
         for file in sorted((partial / checkpoint).iterdir()):
             if file.name in (finetune.SUMS, "trainer_state.json"):
                 continue
             for _ in hurt(file):
-                names_it(lambda: finetune.choose_output(config, tiny), f"{checkpoint}/{file.name}", remedy)
+                names_it(check, f"{checkpoint}/{file.name}", remedy)
     for where in hurt(partial / "checkpoint-10/trainer_state.json"):  # cut off, the one before is the last
         newest = finetune.last_checkpoint(partial).name
         assert newest == ("checkpoint-10" if where.endswith("10/10") else "checkpoint-5")
-        names_it(lambda: finetune.choose_output(config, tiny), "checkpoint-10/trainer_state.json")
+        names_it(check, "checkpoint-10/trainer_state.json")
     for _ in hurt(partial / "replay.json"):
-        names_it(lambda: finetune.choose_output(config, tiny), "replay.json", f"delete {partial}, and")
+        names_it(check, "replay.json", f"delete {partial}, and")
     shutil.copytree(partial, tmp_path / "unfinished.partial")
     flags = [*FLAGS, "--model", tiny_model, "--output-dir", "unfinished", "--resume"]
     optimizer = tmp_path / "unfinished.partial/checkpoint-10/optimizer.pt"
