@@ -167,9 +167,23 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         code = 2 if isinstance(error, BadInput) else 1
         errors.print(Text(f"chat.py: {clean(describe(error))}", "red" if errors.is_terminal else ""))
+    if heard and hasattr(signal, "alarm"):
+        signal.alarm(0)
     if any(thread.name.startswith("load") for thread in threading.enumerate()):
         os._exit(code)  # torch cannot be torn down in the middle of its import
     return code
+
+
+heard: list[int] = []  # SIGTERM or SIGHUP
+
+
+def end(number: int, _: Any) -> None:
+    """Where Python drops an exception, as in a finalizer, it is raised again after two seconds, until it is heard."""
+    heard.append(number)
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, end)
+        signal.alarm(2)
+    sys.exit(128 + heard[0])
 
 
 def run(options: Options, out: TextIO, err: TextIO) -> None:
@@ -177,7 +191,7 @@ def run(options: Options, out: TextIO, err: TextIO) -> None:
     at_terminal = bool(sys.stdin and sys.stdin.isatty())
     if at_terminal:  # which is put back as it was when a signal ends the program
         for name in {"SIGTERM", "SIGHUP"} & set(dir(signal)):
-            signal.signal(getattr(signal, name), lambda number, _: sys.exit(128 + number))
+            signal.signal(getattr(signal, name), end)
     elif hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # a pipe may hold any bytes
     if options.review is not None or options.votes:
@@ -361,6 +375,8 @@ class Chat:
         raise self.failure()
 
     def read_line(self) -> str:
+        if heard:
+            sys.exit(128 + heard[0])
         typed, self.typed = self.typed, ""
         line = readable(self.session.prompt(">>> ", default=typed))
         if self.session.refresh_interval and self.loading.done():

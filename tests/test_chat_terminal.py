@@ -587,6 +587,7 @@ def test_a_signal_leaves_the_terminal_as_it_was(tiny_chat, number, when):
     chat.line("/adapter base")
     if when == "answer":
         chat.type("Go on and on\r")
+        chat.wait("Go on and on")
         chat.wait(lambda: len(chat.since("Go on").split()) > 10)
     if when == "question":
         chat.type("/compare Hello\r")
