@@ -25,7 +25,6 @@ import re
 import shlex
 import signal
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -162,28 +161,26 @@ def main(argv: list[str] | None = None) -> int:
         code = 130
     except SystemExit as signalled:
         code = signalled.code
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)  # see end()
     except BrokenPipeError:  # the reader of stdout has seen enough, as `head` has
         pass
     except Exception as error:
         code = 2 if isinstance(error, BadInput) else 1
         errors.print(Text(f"chat.py: {clean(describe(error))}", "red" if errors.is_terminal else ""))
-    if heard and hasattr(signal, "alarm"):
-        signal.alarm(0)
     if any(thread.name.startswith("load") for thread in threading.enumerate()):
         os._exit(code)  # torch cannot be torn down in the middle of its import
     return code
 
 
-heard: list[int] = []  # SIGTERM or SIGHUP
-
-
-def end(number: int, _: Any) -> None:
-    """Where Python drops an exception, as in a finalizer, it is raised again after two seconds, until it is heard."""
-    heard.append(number)
+def end(number: int, _: Any = None) -> None:
+    """What SIGTERM and SIGHUP do. Python drops the exception if it comes inside an object's __del__, and the chat would
+    go on: so it is raised again after two seconds, until main() hears it.
+    """
     if hasattr(signal, "alarm"):
-        signal.signal(signal.SIGALRM, end)
+        signal.signal(signal.SIGALRM, lambda *_: end(number))
         signal.alarm(2)
-    sys.exit(128 + heard[0])
+    sys.exit(128 + number)
 
 
 def run(options: Options, out: TextIO, err: TextIO) -> None:
@@ -375,8 +372,6 @@ class Chat:
         raise self.failure()
 
     def read_line(self) -> str:
-        if heard:
-            sys.exit(128 + heard[0])
         typed, self.typed = self.typed, ""
         line = readable(self.session.prompt(">>> ", default=typed))
         if self.session.refresh_interval and self.loading.done():
@@ -396,7 +391,7 @@ class Chat:
         text = finetune.json_text(self.conversation.as_json(), indent=1)
         if self.conversation.turns and text != self.saved:
             try:
-                write_whole(state_file("conversation.json"), text)
+                finetune.write_whole(state_file("conversation.json"), text)
                 self.saved = text
             except (OSError, BadInput) as error:
                 self.trouble = self.trouble or brief(error)
@@ -685,7 +680,7 @@ def write_file(chat: Chat, path: Path, text: str, done: str) -> None:
     if path.is_dir():
         raise BadInput(f"{path}: is a folder; name a file in it")
     if not path.exists() or chat.ask(f"{path} is there already. Overwrite it? [y/N]").lower() in ("y", "yes"):
-        write_whole(path, text)
+        finetune.write_whole(path, text)
         chat.note(f"{done} {path}")
 
 
@@ -914,7 +909,7 @@ class Review:
         """Readable by its owner alone. "answers" tells this run's questions and answers from any other's."""
         saved = {"version": 1, "seed": self.blind["seed"], "answers": self.blind["answers"], "votes": self.votes}
         saved["result"] = finetune.human_result(self.blind, self.votes)
-        write_whole(self.path, finetune.json_text(saved, indent=1) + "\n")
+        finetune.write_whole(self.path, finetune.json_text(saved, indent=1) + "\n")
 
 
 def run_review(options: Options, out: TextIO) -> None:
@@ -1221,18 +1216,6 @@ def first_conversation(options: Options) -> Conversation:
         conversation.parameters = dataclasses.replace(conversation.parameters, **given)
     conversation.system = readable(options.system or "") or conversation.system
     return conversation
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Written beside and renamed, so that a full disk leaves the old file as it was. Raises BadInput."""
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            file = Path(folder) / path.name
-            file.touch(0o600)
-            file.write_text(text, encoding="utf-8")
-            file.replace(path)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: cannot be written: {getattr(error, 'strerror', None) or brief(error)}") from None
 
 
 def add_row(path: Path, row: dict[str, str]) -> int:

