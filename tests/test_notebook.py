@@ -133,6 +133,7 @@ def colab(tmp_path):
         "XDG_STATE_HOME": str(tmp_path / "state"),
         # pip tells what it would install, of what lies in a folder, and installs nothing.
         "PIP_DRY_RUN": "1",
+        "PIP_QUIET": "0",  # a CI's own would empty the cell's list of packages
         "PIP_REPORT": str(tmp_path / "pip.json"),
         "PIP_UPGRADE": "1",
         "PIP_UPGRADE_STRATEGY": "eager",
