@@ -9,6 +9,7 @@
     python finetune.py --evaluate adapters/X          measure a saved adapter again
     python finetune.py --export adapters/X            take it to Ollama or llama.cpp, and measure what arrives there
     python finetune.py --push X --push-to-hub me/x    upload a saved adapter to the Hugging Face hub, privately
+    torchrun --nproc-per-node 2 finetune.py           on two GPUs, or as many as there are: the same run in less time
 
 With a CUDA GPU this trains Mistral-7B-Instruct-v0.2 in 4 bits through Unsloth; without one, SmolLM2-135M.
 The job is run_evaluation(), below the flags. After it comes one section for each of its steps.
@@ -20,6 +21,7 @@ import codecs
 import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -90,7 +92,7 @@ parquet, matplotlib_figure = Lazy("pyarrow.parquet"), Lazy("matplotlib.figure")
 pre_tokenizers, peft_optimizers = Lazy("tokenizers.pre_tokenizers"), Lazy("peft.optimizers")
 wandb, trackio, tensorboard = map(Lazy, ("wandb", "trackio", "torch.utils.tensorboard"))
 tqdm, resource, hub_errors = map(Lazy, ("tqdm.auto", "resource", "huggingface_hub.errors"))
-xllamacpp, filelock, httpx = map(Lazy, ("xllamacpp", "filelock", "httpx"))
+xllamacpp, filelock, httpx, accelerate = map(Lazy, ("xllamacpp", "filelock", "httpx", "accelerate"))
 
 __version__ = "0.1.0"  # the newest in CHANGELOG.md
 GPU_MODEL = "unsloth/mistral-7b-instruct-v0.2-bnb-4bit"  # NF4 already: 4.1 GB to fetch instead of 14.5, and not gated
@@ -100,6 +102,11 @@ PUBLIC_NAME = {EMBEDDED: "HuggingFaceTB/SmolLM2-135M-Instruct", GPU_MODEL: "mist
 HERE = Path(__file__).parent
 SAMPLE = Path("data/faq_sample.json")
 GIB = 2**30
+# torchrun and accelerate start a process for each GPU: which of them this is, of all and on its machine, and how many.
+RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (
+    int(os.environ.get(name, default))
+    for name, default in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items()
+)
 # Under these environment variables libraries say less.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1"}
 
@@ -210,6 +217,8 @@ def parse(argv: list[str] | None = None) -> Config:
         "--export cannot be combined with --require-improvement": not (config.export and config.require_improvement),
         "--to needs --export": config.to == "gguf" or config.export,
         "--base-gguf needs --export ADAPTER --to gguf": not config.base_gguf or (config.export and config.to == "gguf"),
+        "--export and --push are work for one process: start them without torchrun": WORLD_SIZE == 1
+        or not (config.export or config.push),
         f"--report-to {tracker}: pip install {tracker} first": tracker == "none" or importlib.util.find_spec(tracker),
     }
     if problems := check_bounds(config) + [rule for rule, fine in rules.items() if not fine]:
@@ -280,7 +289,8 @@ def run_evaluation(config: Config | None = None) -> dict:
     started = time.monotonic()
     # 1. Find everything that can be wrong with the data, the model's name and the output folder.
     data, source, tokenizer, examples, config = check_input(config or Config())
-    output, partial = choose_output(config, source)
+    with rank_zero_first():
+        output, partial = choose_output(config, source)
     if output.exists():
         return already_finished(output, partial)
     made, lock = make_folder(partial)
@@ -320,7 +330,7 @@ def run_evaluation(config: Config | None = None) -> dict:
         remove_traces(partial, made, error)
         raise
     finally:
-        lock.release()
+        lock.release()  # of the first rank; the others hold none
     show_result(run)
     tracker.finish(run)
     say("Verdict", evaluation["verdict"]["sentence"])
@@ -405,22 +415,23 @@ def check_input(
     BadInput. `run` is the run.json whose split is used again. The Config comes back with every default filled in.
     """
     os.environ |= QUIET | dict(os.environ)  # what is set already wins
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("more than one process is not supported yet: start it without torchrun, on one GPU")
-    data = load_data(config)
-    data = saved_split(data, run, f"--evaluate {config.evaluate}") if run else data
-    show_data(config, data)
+    start_ranks()
+    with rank_zero_first():
+        data = load_data(config)
+        data = saved_split(data, run, f"--evaluate {config.evaluate}") if run else data
+        show_data(config, data)
     with working("Starting the libraries"):
         if has_gpu() and not config.dry_run:
             os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_folder() / "unsloth_compiled"))
             importlib.import_module("unsloth")  # patches transformers, trl and peft, so it comes before them
         guard_torchvision()
     check_push(config.push_to_hub)
-    source = find_model(config.model, has_gpu(), config.revision)
-    config = fill_defaults(config, source)
-    tokenizer = load_tokenizer(source.folder, source.id)
-    unique = {row.id: row for row in data.train + data.eval + data.test}
-    encoded = {example.row.id: example for example in encode(tokenizer, list(unique.values()), config.max_length)}
+    with rank_zero_first():
+        source = find_model(config.model, has_gpu(), config.revision)
+        config = fill_defaults(config, source)
+        tokenizer = load_tokenizer(source.folder, source.id)
+        unique = {row.id: row for row in data.train + data.eval + data.test}
+        encoded = {example.row.id: example for example in encode(tokenizer, list(unique.values()), config.max_length)}
     sides = {"train": data.train, "eval": data.eval, "test": data.test}
     examples = {side: [encoded[row.id] for row in rows] for side, rows in sides.items()}
     return data, source, tokenizer, examples, config
@@ -1426,19 +1437,22 @@ def load_model(source: Source, config: Config) -> Model:
     """The base that is measured and trained: fetched if it has to be, with --max-vram as the limit of GPU memory."""
     if config.max_vram and has_gpu():
         torch.cuda.set_per_process_memory_fraction(min(1.0, config.max_vram * GIB / torch.cuda.mem_get_info()[1]))
-    for file in damaged(source.folder) if source.folder.parent != cache_folder() else ():  # that one is checked
-        if not source.revision:
-            raise BadInput(f"--model {source.id}: {file} is damaged; copy the folder again, whole")
-        say("", f"{file.name} of {source.id} is damaged: fetched again")
-        file.resolve().unlink()
-    fetch_weights(source)
+    with rank_zero_first(local=True):
+        for file in damaged(source.folder) if source.folder.parent != cache_folder() else ():  # that one is checked
+            if not source.revision:
+                raise BadInput(f"--model {source.id}: {file} is damaged; copy the folder again, whole")
+            say("", f"{file.name} of {source.id} is damaged: fetched again")
+            file.resolve().unlink()
+        fetch_weights(source)
     dtype, gpu = compute_dtype(config.fp16), environment()["gpu"]
-    with working(f"Loading {source.name}"):
+    size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    with working(f"Loading {source.name}"), in_turns(LOCAL_WORLD_SIZE * size > psutil.virtual_memory().available):
         if gpu:
             # Disabled before the first forward: cuDNN's attention re-plans for 50 ms for each new length of a row,
             # and rounds differently from the one that runs instead.
             torch.backends.cuda.enable_cudnn_sdp(False)
-            how = {"dtype": dtype, "load_in_4bit": True, "max_seq_length": config.max_length, "device_map": {"": 0}}
+            how = {"dtype": dtype, "load_in_4bit": True, "max_seq_length": config.max_length}
+            how["device_map"] = {"": LOCAL_RANK}
             model, _ = unsloth.FastLanguageModel.from_pretrained(str(source.folder), **how)
         else:
             model = load_4bit(source, dtype).dequantize().eval()
@@ -1453,7 +1467,7 @@ def load_4bit(source: Source, dtype: torch.dtype) -> Model:
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first forward in eval mode, to multiply in
     bf16 whatever was asked, and never back: batches are three times slower so, and answers differ. Here it may not.
     """
-    how: dict[str, Any] = {"dtype": dtype, "device_map": {"": 0 if has_gpu() else "cpu"}}
+    how: dict[str, Any] = {"dtype": dtype, "device_map": {"": LOCAL_RANK if has_gpu() else "cpu"}}
     if "quantization_config" not in source.config:  # and no None: that would hide the one of a prequantized model
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         how["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
@@ -1539,11 +1553,12 @@ class Plan:
     updates: int  # at most
     memory: dict[str, float]  # estimates in GiB
     reason: str
+    world_size: int = 1  # processes that share an update
 
     @property
     def batch(self) -> int:
         """Rows of an update."""
-        return self.micro_batch_size * self.gradient_accumulation_steps
+        return self.micro_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
     def total(self) -> float:
@@ -1606,12 +1621,17 @@ def batch_options(batch: int, gpu: bool) -> list[tuple[int, bool, str]]:
 
 
 def make_plan(config: Config, shape: dict, train: list[Example], memory: float | None) -> Plan:
-    """The first option whose estimate fits in `memory` GiB of a GPU, or the last. None: a CPU, with the RAM it has."""
+    """The first option whose estimate fits in `memory` GiB of a GPU, or the last. None: a CPU, with the RAM it has.
+    Raises BadInput if the rows of an update cannot be shared out to the processes.
+    """
     gpu = memory is not None
-    memory = memory if gpu else psutil.virtual_memory().available / GIB
+    memory = min(gather(memory if gpu else psutil.virtual_memory().available / GIB / LOCAL_WORLD_SIZE))
     by_length = sorted(train, key=lambda example: -len(example.input_ids))
     batch = min(config.effective_batch_size, len(train))
-    for micro, checkpointing, optim in batch_options(batch, gpu):
+    if batch % WORLD_SIZE:
+        fault = f"an update of {batch} rows cannot be shared out evenly to {WORLD_SIZE} processes"
+        raise BadInput(f"{fault}; take --effective-batch-size {math.ceil(batch / WORLD_SIZE) * WORLD_SIZE}")
+    for micro, checkpointing, optim in batch_options(batch // WORLD_SIZE, gpu):
         longest = by_length[:micro]
         tokens = sum(len(e.input_ids) for e in longest) if gpu else micro * len(longest[0].input_ids)  # a CPU pads
         labels = sum(sum(example.completion_mask) for example in longest)
@@ -1621,19 +1641,21 @@ def make_plan(config: Config, shape: dict, train: list[Example], memory: float |
     per_epoch = math.ceil(len(train) / batch)
     updates = config.max_steps if config.max_steps > 0 else math.ceil(per_epoch * config.num_train_epochs)
     reason = f"needs about {sum(need.values()):.1f} of {memory:.1f} GiB" + ("" if gpu else " of RAM")
-    return Plan(micro, batch // micro, checkpointing, gpu, optim, per_epoch, updates, need, reason)
+    steps = batch // WORLD_SIZE // micro
+    return Plan(micro, steps, checkpointing, gpu, optim, per_epoch, updates, need, reason, WORLD_SIZE)
 
 
 def lower_plan(plan: Plan, step: int, gpu: bool) -> Plan:
     """The next option after memory ran out at update `step` + 1. Raises BadInput if there is none."""
-    cuts = list(dict.fromkeys(option[:2] for option in batch_options(plan.batch, gpu)))
+    rows = plan.batch // plan.world_size
+    cuts = list(dict.fromkeys(option[:2] for option in batch_options(rows, gpu)))
     smaller = cuts[cuts.index((plan.micro_batch_size, plan.gradient_checkpointing)) + 1 :]
     if not smaller and (step or plan.optim == ADAMW_8BIT or not gpu):  # moments made so far are those of one optimizer
         late = f"Out of memory after {step} updates even at one row per forward. Free memory, then go on with --resume"
         raise BadInput(late if step else OUT_OF_MEMORY)
     micro, checkpointing = smaller[0] if smaller else (1, True)
     return dataclasses.replace(
-        plan, micro_batch_size=micro, gradient_accumulation_steps=plan.batch // micro,
+        plan, micro_batch_size=micro, gradient_accumulation_steps=rows // micro,
         gradient_checkpointing=checkpointing, optim=plan.optim if smaller else ADAMW_8BIT,
         reason=f"memory ran out at update {step + 1}",
     )  # fmt: skip
@@ -1657,7 +1679,8 @@ def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Pl
     # Forward and backward are 4 operations a weight and token, a second forward makes 6; the rest of an update (small
     # kernels, attention, dropout, optimizer) took as long again where we measured.
     operations = (6 if plan.gradient_checkpointing else 4) * (weights.linear + weights.embeddings / 2) * tokens
-    update = 2 * operations * plan.batch / speed + 0.3 * plan.gradient_accumulation_steps
+    rows = plan.batch / plan.world_size
+    update = 2 * operations * rows / speed + 0.3 * plan.gradient_accumulation_steps
     return plan.updates * update
 
 
@@ -1745,7 +1768,7 @@ def train(
     monitor = make_monitor(rows, plan, config, before, track)
     for entry in sorted([*state.log_history, *monitor.epochs], key=operator.itemgetter("step")):
         track(entry)
-    for folder in partial.glob("checkpoint-*"):
+    for folder in partial.glob("checkpoint-*") if RANK == 0 else ():
         if not checkpoint or step_of(folder) > step_of(checkpoint):  # half written: the trainer would count it
             shutil.rmtree(folder)
     if gpu:
@@ -1766,7 +1789,7 @@ def train(
             raise
         except Exception as error:
             step = trainer.state.global_step
-            if ran_out_of(error) != "memory":
+            if ran_out_of(error) != "memory" or WORLD_SIZE > 1:  # the others are in the middle of this update
                 raise
         trainer.model.zero_grad(set_to_none=True)
         if step:  # weights and optimizer are those of the last whole update
@@ -1776,8 +1799,8 @@ def train(
         plan = lower_plan(plan, step, gpu)
         del trainer
         torch.cuda.empty_cache()
-    if monitor.stopped_by:
-        raise KeyboardInterrupt(monitor.stopped_by)
+    if stopped_by := max(gather(monitor.stopped_by)):
+        raise KeyboardInterrupt(stopped_by)
     best = monitor.epochs[choose_epoch(monitor.epochs, config.goal)]["step"]
     load_adapter(model, partial / f"checkpoint-{best}")
     return training_facts(state, best, rows, plan, monitor), plan
@@ -1803,8 +1826,8 @@ def training_facts(state: Any, best: int, rows: list[Example], plan: Plan, monit
         "samples_per_second": round(steps * plan.batch / seconds, 3),
         "first_loss": losses[0]["loss"],
         "last_loss": losses[-1]["loss"],
-        "peak_vram_gib": round(torch.cuda.max_memory_allocated() / GIB, 3) if has_gpu() else None,
-        "peak_ram_gib": round(peak_ram(), 3),
+        "peak_vram_gib": round(max(gather(torch.cuda.max_memory_allocated())) / GIB, 3) if has_gpu() else None,
+        "peak_ram_gib": round(max(gather(peak_ram())), 3),
         "epochs": monitor.epochs,
         "log": [entry for entry in log.values() if entry["step"]],
     }
@@ -1878,6 +1901,7 @@ def training_arguments(plan: Plan, config: Config, partial: Path) -> trl.SFTConf
         gradient_accumulation_steps=plan.gradient_accumulation_steps,
         gradient_checkpointing=plan.gradient_checkpointing,
         bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=not gpu,
+        ddp_find_unused_parameters=False,  # each update trains all of LoRA
         max_length=config.max_length if gpu else None, completion_only_loss=True, loss_type=loss,
         output_dir=str(partial), save_strategy="epoch", save_total_limit=2,  # the last and the best
         metric_for_best_model="eval_best", greater_is_better=True,
@@ -1932,10 +1956,11 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
 
         def on_step_end(self, args, state, control, **_):
             self.seconds += time.monotonic() - self.step_started
-            due = self.stopped_by or time.monotonic() - self.last_save > CHECKPOINT_SECONDS
+            late = time.monotonic() - self.last_save > CHECKPOINT_SECONDS
+            stopped, late = map(any, zip(*gather((self.stopped_by, late)), strict=True))  # the same in all ranks
             control.should_evaluate = is_check(state)
-            control.should_save = bool(due) or is_check(state)
-            control.should_training_stop |= bool(self.stopped_by)
+            control.should_save = stopped or late or is_check(state)
+            control.should_training_stop |= stopped
 
         def on_epoch_end(self, args, state, control, **_):
             control.should_evaluate = control.should_save = False  # the trainer's epoch is the whole training
@@ -1948,7 +1973,9 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
                 console.print(Text(line, style="dim"), soft_wrap=True)
 
         def on_save(self, args, state, *_, **__):
-            write_sums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            wait_for_all()  # each rank writes its random state there
+            if RANK == 0:
+                write_sums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             self.last_save = time.monotonic()
 
         def on_log(self, args, state, control, logs, optimizer=None, **_):
@@ -2048,6 +2075,71 @@ def last_checkpoint(partial: Path, before: float = math.inf) -> Path | None:
             if step_of(path) < before:
                 return path
     return None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks: torchrun starts a process for each GPU, a rank. Each runs the whole job: it trains its share of an update and
+# measures its share of the questions. The first one alone prints, writes and asks the hub. Accelerate connects them.
+
+LOST_RANK = "finetune.py: another process of this run has ended. If training had begun: add --resume to go on."
+RANKS_WAIT = datetime.timedelta(hours=2)  # for what the first does alone, a download say
+TELL_SECONDS = 3  # see main()
+
+
+def start_ranks() -> None:
+    """The processes find each other, and each takes a GPU. Raises BadInput if there are too few."""
+    if WORLD_SIZE == 1 or torch.distributed.is_initialized():
+        return
+    console.quiet = RANK > 0
+    if LOCAL_RANK > 0:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # what they need, the first has brought into the cache
+    gpus = torch.cuda.device_count()
+    if has_gpu() and gpus < LOCAL_WORLD_SIZE:
+        raise BadInput(f"{LOCAL_WORLD_SIZE} processes, but {gpus} GPUs here: start it with --nproc-per-node {gpus}")
+    accelerate.PartialState(cpu=not has_gpu(), timeout=RANKS_WAIT)
+    # The trainer loads a checkpoint onto accelerate's "cpu:0", a name of the CPU that torch.load() does not know.
+    on_cpu = {"deserializer": lambda storage, location: storage if location.startswith("cpu:") else None}
+    torch.serialization.register_package(priority=15, tagger=lambda storage: None, **on_cpu)
+
+
+def rank_zero_only(function: Callable) -> Callable:
+    """Only the first rank calls it; in the others it does nothing, and gives None."""
+    return functools.wraps(function)(lambda *some, **more: function(*some, **more) if RANK == 0 else None)
+
+
+def rank_zero_first(local: bool = False):
+    """The first rank (local: of each machine) goes through this block before the others: it alone tells what is wrong
+    there, and leaves in the cache what the others need.
+    """
+    if WORLD_SIZE == 1:
+        return contextlib.nullcontext()
+    state = accelerate.PartialState()
+    return state.local_main_process_first() if local else state.main_process_first()
+
+
+@contextlib.contextmanager
+def in_turns(needed: bool) -> Iterator[None]:
+    """The ranks of a machine go through this block one after the other, if one of them needs that; else all at once."""
+    turns = range(LOCAL_WORLD_SIZE) if any(gather(needed)) else [LOCAL_RANK]
+    for turn in turns:
+        if turn == LOCAL_RANK:
+            yield
+        wait_for_all()
+
+
+def wait_for_all() -> None:
+    if WORLD_SIZE > 1:
+        accelerate.PartialState().wait_for_everyone()
+
+
+def gather(value: Any) -> list:
+    """The values of all ranks, in their order; each rank gets them."""
+    return accelerate.utils.gather_object([value]) if WORLD_SIZE > 1 else [value]
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether a process fails only because another one of the run has ended."""
+    return WORLD_SIZE > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2311,10 +2403,10 @@ def in_batches(
     tokens: float = math.inf, half: bool = False,
 ) -> list:  # fmt: skip
     """forward(places) over batches of like length, as one list in the order of `lengths`. When memory runs out, all
-    batches that are left are halved.
+    batches that are left are halved. Several ranks share the places out, and each gets all results.
     """
     batches: list[list[int]] = []
-    for place in sorted(range(len(lengths)), key=lengths.__getitem__):
+    for place in sorted(range(len(lengths)), key=lengths.__getitem__)[RANK::WORLD_SIZE]:
         if not batches or len(batches[-1]) >= rows or (len(batches[-1]) + 1) * lengths[place] > tokens:
             batches.append([])
         batches[-1].append(place)
@@ -2330,7 +2422,7 @@ def in_batches(
                 raise
         if found is not None:
             results |= zip(batches.pop(), found, strict=True)
-            report_progress(what, len(results), len(lengths))
+            report_progress(what, len(results) * WORLD_SIZE, len(lengths))
             continue
         if len(batches[-1]) == 1:
             raise BadInput(OUT_OF_MEMORY)
@@ -2340,6 +2432,7 @@ def in_batches(
                 module.__dict__.pop(name, None)
         torch.cuda.empty_cache()
     model.train(training)
+    results = dict(itertools.chain(*(part.items() for part in gather(results))))
     return [results[place] for place in range(len(lengths))]
 
 
@@ -2366,12 +2459,12 @@ def generate(model: Model, tokenizer: Tokenizer, prompts: list[list[int]], max_n
 
         def count(so_far: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:  # called after each token
             share = (so_far.shape[1] - width) / max_new_tokens
-            report_progress("answers", done + int(len(batch) * share), len(prompts))
+            report_progress("answers", done + int(len(batch) * WORLD_SIZE * share), len(prompts))
             return torch.zeros(len(so_far), dtype=torch.bool, device=so_far.device)
 
         how = {"generation_config": settings, "stopping_criteria": transformers.StoppingCriteriaList([count])}
         out = model.generate(**padded, **how)[:, width:].tolist()
-        done += len(batch)
+        done += len(batch) * WORLD_SIZE
         return [row[: row.index(eos) + 1] if eos in row else row for row in out]
 
     size, lengths = EVAL_BATCH["gpu" if has_gpu() else "cpu"], [len(prompt) + max_new_tokens for prompt in prompts]
@@ -2417,8 +2510,10 @@ def replay_answers(
     if not (config.resume and file.is_file()):
         with working("Asking the base general questions, to train on its answers"):
             answered = general_answers(model, tokenizer, prompts_to_replay(tokenizer, train, config))
-        file.write_text(json.dumps([[e.prompt_length, e.input_ids] for e in answered]) + "\n", encoding="utf-8")
-        write_sums(partial, file.name)
+        if RANK == 0:
+            file.write_text(json.dumps([[e.prompt_length, e.input_ids] for e in answered]) + "\n", encoding="utf-8")
+            write_sums(partial, file.name)
+        wait_for_all()
     return [Example(Row((), "", file.name), ids, prompt_length) for prompt_length, ids in read_json(file)]
 
 
@@ -2724,13 +2819,19 @@ def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
 
 def already_finished(output: Path, partial: Path) -> dict:
     """What --resume finds when the run was killed after all was done."""
-    shutil.rmtree(partial, ignore_errors=True)
+    if RANK == 0:
+        shutil.rmtree(partial, ignore_errors=True)
     say("Saved", f"{output}   was finished; nothing is left to do")
     return read_json(output / "run.json") | {"output_dir": output}
 
 
 def make_folder(partial: Path) -> tuple[list[Path], filelock.SoftFileLease]:
-    """Make adapters/NAME.partial. Returns the folders that were not there before, and its lock."""
+    """Make adapters/NAME.partial. Returns the folders that were not there before, and its lock. Of several ranks, which
+    have all looked at what was there, the first does it.
+    """
+    wait_for_all()
+    if RANK > 0:
+        return [], filelock.SoftFileLease(partial / "lock")
     made = [path for path in (partial, *partial.parents) if not path.exists()]
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -2766,6 +2867,7 @@ def lock_folder(partial: Path) -> filelock.SoftFileLease:
     return lock
 
 
+@rank_zero_only
 def note_run(partial: Path, config: Config, data: Data) -> None:
     """Note what is trained, and where, in config.json. A run that goes on must be the one that was started: raises
     BadInput with each setting and each row that is not as it was, and says what else is another machine's.
@@ -2782,14 +2884,14 @@ def note_run(partial: Path, config: Config, data: Data) -> None:
     rows = [(side, row) for side in sides for row in sides[side]]
     rows = {f"{side}: {row.last_question[:80]} ({row.id}{sorted(row.untrained) or ''})": "there" for side, row in rows}
     here = environment() | {"precision": str(compute_dtype(config.fp16)).removeprefix("torch.")}
-    here |= here.pop("versions")
+    here |= here.pop("versions") | {"processes": WORLD_SIZE}
     noted = {"data": [file["sha256"] for file in data.files], "rows": rows, "machine": here}
     if not checkpoint:  # nothing was trained yet, even if a run was killed here; what it wrote may be half of it
         (partial / "replay.json").unlink(missing_ok=True)
         file.write_text(json.dumps(now | noted, indent=1) + "\n", encoding="utf-8")
     elif file.is_file():
         then, found = read_json(file), Findings()
-        files, known, machine = then.pop("data"), then.pop("rows", {}), then.pop("machine", here)
+        files, known, machine = then.pop("data"), then.pop("rows", {}), {"processes": 1} | then.pop("machine", here)
         for line in differences(then, now) + (differences(known, rows) if known else []):
             found.problem(line, "--resume: not the run that was started")
         other_files = files != noted["data"]
@@ -2820,6 +2922,7 @@ def differences(then: dict, now: dict) -> list[str]:
     return [f"{key} was {then.get(key, 'not there')}, is {now.get(key, 'not there')}" for key in keys]
 
 
+@rank_zero_only
 def remove_traces(partial: Path, made: list[Path], error: BaseException) -> None:
     """A run that ends before its first checkpoint leaves nothing behind but, of an unforeseen failure, its log; what
     others put there stays.
@@ -2922,6 +3025,7 @@ def environment() -> dict:
     }
 
 
+@rank_zero_only
 def save_result(model, tokenizer, run: dict, data: Data, partial: Path, output: Path) -> None:
     """Write everything beside, then rename: adapters/NAME is complete from the moment it exists."""
     result = partial / "result"
@@ -3596,7 +3700,7 @@ def certify_merged(
     whole = size * (1.1 if has_gpu() else 2.2) < free  # a CPU computes in 32 bits
     with working(f"Loading the merged model again, to measure its loss on {len(records)} held-out rows"):
         if whole:
-            how = {"dtype": compute_dtype(), "device_map": {"": 0 if has_gpu() else "cpu"}}
+            how = {"dtype": compute_dtype(), "device_map": {"": LOCAL_RANK if has_gpu() else "cpu"}}
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how).eval()
         else:
             model = load_4bit(Source(folder.name, folder.name, folder), compute_dtype())
@@ -3630,6 +3734,7 @@ class Tracker:
 
     def __init__(self, config: Config, name: str):
         self.kind, about = config.report_to, {"name": name, "config": config_as_json(config)}
+        self.kind = self.kind if RANK == 0 else "none"
         try:
             if self.kind == "tensorboard":
                 self.command = "tensorboard --logdir runs"
@@ -3673,6 +3778,7 @@ class Tracker:
             say("Tracked", f"by {self.kind}: {self.command}")
 
 
+@rank_zero_only
 def check_push(name: str | None) -> None:
     """What can be wrong with --push-to-hub, before the work begins instead of at its end. Raises BadInput."""
     login, fault = "set HF_TOKEN to a token that may write, or run `hf auth login`", ""
@@ -3698,6 +3804,7 @@ def check_push(name: str | None) -> None:
         raise BadInput(f"--push-to-hub {name}: {fault}")
 
 
+@rank_zero_only
 def push(folder: Path, config: Config) -> None:
     """--push-to-hub: upload a saved run. It is whole on the disk, and stays so, whatever happens here."""
     name, files = config.push_to_hub, PUSHED + WITH_QUESTIONS * config.push_questions
@@ -3850,6 +3957,7 @@ def working(text: str) -> Iterator[None]:
 def report_progress(what: str, done: int, total: int) -> None:
     """How far the work is that the moving line names: "answers 12 of 32"."""
     for bar, task in bars[-1:]:
+        done = min(done, total or done)
         if done < bar.tasks[0].completed:  # the next part of the work goes at a pace of its own
             bar.reset(task)
         bar.update(task, completed=done, total=total or None, done=f"{what} {done} of {total}")
@@ -3895,6 +4003,7 @@ def show_plan(plan: Plan, config: Config) -> None:
     how = f"{passes} forward passes of {rows}" if passes > 1 else f"{rows} in one forward"
     how += ", activations recomputed" if plan.gradient_checkpointing else ""
     how += ", AdamW in 8 bits" if plan.optim == ADAMW_8BIT else ""
+    how += f", on each of {plan.world_size} processes" if plan.world_size > 1 else ""
     counts = f"{plan.updates_per_epoch} updates an epoch, {plan.updates} at most"
     say("Plan", f"an update is {how}: {plan.reason}; {counts}, at {config.learning_rate:g}")
 
@@ -3991,7 +4100,7 @@ def own_screen(log: Path) -> Iterator[tuple[TextIO, TextIO]]:
     try:
         yield files[0], files[1]
     except Exception as error:
-        told = isinstance(error, (BadInput, BrokenPipeError)) or ran_out_of(error)
+        told = isinstance(error, (BadInput, BrokenPipeError)) or ran_out_of(error) or lost_a_rank(error)
         if not told and library_log.name != os.devnull:  # once a run is saved its log is gone
             traceback.print_exc(file=library_log)
             error.add_note(f"The traceback is in {library_log.name}.")
@@ -4078,27 +4187,35 @@ def main(argv: list[str] | None = None) -> int:
     log, code, said = None, 0, ""
     try:
         signal.signal(signal.SIGTERM, interrupt)
-        config = parse(argv)
+        with contextlib.redirect_stderr(io.StringIO()) if RANK else contextlib.nullcontext():
+            config = parse(argv)
         handle, log = tempfile.mkstemp(prefix="finetune-", suffix=".log")
         os.close(handle)
         with own_screen(Path(log)):
             jobs = {dry_run: config.dry_run, evaluate_adapter: config.evaluate, export_adapter: config.export}
             jobs[push_adapter] = config.push
             run = next((job for job, asked in jobs.items() if asked), run_evaluation)(config)
+            if WORLD_SIZE > 1:
+                accelerate.PartialState().destroy_process_group()
         if config.require_improvement and run and run["evaluation"]["verdict"]["label"] != "helped":
             code = 3
     except BadInput as problem:
         code, said = 2, f"finetune.py: {clean(without_secrets(str(problem)))}"
     except KeyboardInterrupt as stopped:
         code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
-        said = "Interrupted. If training had begun, its last update is saved: add --resume to go on."
+        said = "" if RANK else "Interrupted. If training had begun, its last update is saved: add --resume to go on."
     except BrokenPipeError:  # the reader has seen enough: finetune.py --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
         code, said = 1, f"finetune.py: failed: {type(error).__name__}: {brief(error)}"
         if lacking := ran_out_of(error):
             said = f"finetune.py: {LACKING[lacking]} ({brief(error)})"
+        if lost_a_rank(error):
+            said = "" if RANK else LOST_RANK
         said = "\n".join([said, *getattr(error, "__notes__", [])])
+    if said and RANK:  # a fault of all ranks ends the first one too, which tells it; torchrun then ends this one
+        time.sleep(TELL_SECONDS)
+        said = f"rank {RANK}: {said}"
     if said:
         errors.print(Text(said, style="red" if errors.is_terminal and code == 2 else ""))
     if log and log not in said:

@@ -977,11 +977,6 @@ def test_any_file_is_read_or_refused_at_length(tmp_path, file):
     check_reader(tmp_path, *file)
 
 
-def test_more_than_one_process_is_refused(run, faq):
-    done = run("--data", faq, WORLD_SIZE="2", RANK="1")
-    assert done.returncode == 2 and "without torchrun" in done.stderr and done.stdout == ""
-
-
 def test_a_head_that_is_trained_too(run, faq, tiny_model, tmp_path):
     """TRL's usual loss refuses a head that LoRA wraps."""
     flags = ("--target-modules", "q_proj", "lm_head", "--max-steps", 2, "--max-new-tokens", 4, "--lora-r", 4)
