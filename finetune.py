@@ -434,6 +434,8 @@ def check_input(
         encoded = {example.row.id: example for example in encode(tokenizer, list(unique.values()), config.max_length)}
     sides = {"train": data.train, "eval": data.eval, "test": data.test}
     examples = {side: [encoded[row.id] for row in rows] for side, rows in sides.items()}
+    if len(set(gather(str((config_as_json(config), data.files, source.revision))))) > 1:
+        raise BadInput("the machines of this run differ in data, model or flags; start one command on the same files")
     return data, source, tokenizer, examples, config
 
 
