@@ -56,7 +56,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import fmean as mean
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import ftfy
 import jinja2
@@ -368,7 +368,11 @@ def export_adapter(config: Config) -> dict:
     """--export: a saved adapter as files for other programs, with a certificate of what was measured on these files."""
     # 1. Find the adapter, its run and its base, and all that the other program could not take.
     output, saved = choose_export(config), find_saved(config)
-    with tempfile.TemporaryDirectory(dir=config.export, prefix="export-") as temporary:
+    with contextlib.ExitStack() as ending:
+        ending.callback(lock_folder(config.export).release)
+        for killed in config.export.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(killed)
+        temporary = ending.enter_context(tempfile.TemporaryDirectory(dir=config.export, prefix=UNFINISHED))
         # 2. Write its files beside.
         new = Path(temporary) / output.name
         new.mkdir()
@@ -3266,6 +3270,7 @@ def questions_shown(run: dict) -> dict[str, list[dict]]:
 # Export: takes a saved adapter, gives its files for other programs. No weights of the base are read to write a LoRA
 # file, and two gigabytes at a time to merge it. Nothing is measured here.
 
+UNFINISHED = ".export-"  # how the folder begins in which an export is written; one that was killed leaves it
 # How llama.cpp calls an architecture, by the model_type of config.json; and what Ollama calls our bases.
 LLAMA_CPP = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 OLLAMA = {EMBEDDED: "smollm2:135m-instruct-fp16", GPU_MODEL: "mistral:7b-instruct-v0.2-q4_K_M"}
@@ -4176,8 +4181,15 @@ def without_home(path: Path | str) -> str:
 # Start
 
 
-def interrupt(number: int, _: Any) -> NoReturn:
-    raise KeyboardInterrupt(number)
+def interrupt(number: int, _: Any = None) -> None:
+    """What SIGTERM does. Python drops the exception if it comes inside an object's __del__, and the run would go on: so
+    it is raised again every two seconds, unless it is on its way.
+    """
+    if hasattr(signal, "alarm"):
+        signal.signal(signal.SIGALRM, lambda *_: interrupt(number))
+        signal.alarm(2)
+    if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+        raise KeyboardInterrupt(number)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -4204,6 +4216,8 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as problem:
         code, said = 2, f"finetune.py: {clean(without_secrets(str(problem)))}"
     except KeyboardInterrupt as stopped:
+        if hasattr(signal, "alarm"):
+            signal.alarm(0)  # see interrupt()
         code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
         said = "" if RANK else "Interrupted. If training had begun, its last update is saved: add --resume to go on."
     except BrokenPipeError:  # the reader has seen enough: finetune.py --help | head

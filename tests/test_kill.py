@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def watch(event, args):
     changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
     changes |= event == "open" and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
     below = event in ("os.remove", "os.rmdir") and args[-1] != -1  # rmtree() goes by the descriptor of the folder
-    if not changes or path.endswith("lock") or not (below or ".partial" in path):
+    if not changes or path.endswith("lock") or not (below or ".partial" in path or ".export-" in path):
         return
     count += 1
     trace.write(f"{event} {path}\\n")
@@ -123,6 +124,54 @@ def test_killed_and_resumed_is_the_same_adapter(where, job):
     assert killed.returncode == code and "Traceback" not in killed.stderr, killed.stderr
     assert not (job.cwd / "killed/adapter_model.safetensors").exists() or where == "when it is there"
     resumed_as_whole(job, "killed")
+
+
+def test_an_export_that_is_killed_is_made_again(job):
+    """At each fifth of what it does to files."""
+    export = [sys.executable, "-c", KILLED_AT]
+    how = {"cwd": job.cwd, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "capture_output": True, "text": True}
+
+    def exported(moment: int = 0) -> subprocess.CompletedProcess:
+        trace = job.cwd / "export.trace"
+        trace.unlink(missing_ok=True)
+        return subprocess.run([*export, str(moment), "9", trace, "--export", "whole"], **how)
+
+    def made() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (job.cwd / "whole/export").iterdir()}
+
+    before = sorted(path.name for path in (job.cwd / "whole").iterdir())
+    done = exported()
+    assert done.returncode == 0, done.stderr
+    files, moments = made(), len((job.cwd / "export.trace").read_text().splitlines())
+    for moment in range(2, moments, max(1, moments // 5)):
+        shutil.rmtree(job.cwd / "whole/export")
+        killed = exported(moment)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        left = [path.name for path in (job.cwd / "whole").iterdir() if path.name not in before]
+        if "export" not in left:
+            assert any(name.startswith(finetune.UNFINISHED) for name in left)
+            assert exported().returncode == 0
+            assert sorted(path.name for path in (job.cwd / "whole").iterdir()) == sorted([*before, "export"])
+        assert made() == files
+    shutil.rmtree(job.cwd / "whole/export")
+
+
+def test_a_signal_that_python_drops_is_heard_later():
+    """What is raised inside __del__ ends nothing; a run must end all the same."""
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGTERM)
+
+    handler = signal.signal(signal.SIGTERM, finetune.interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            Finalized()
+            time.sleep(20)
+        assert stopped.value.args == (signal.SIGTERM,)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.slow
