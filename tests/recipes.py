@@ -37,12 +37,22 @@ from finetune import Example, Row, mean
 
 torch, F = finetune.torch, finetune.Lazy("torch.nn.functional")
 
+OWN_WORDS = "{question}\n\nThe answer is: {answer}\n\nGive this answer in your own words, with every fact of it."
 PROJECTIONS = finetune.Config.target_modules
 WIDTHS = (128, 160, 256, 384, 512, 1024, 2048)  # of an update, in tokens: one CUDA graph each
 # `fixed`: so many rewordings, made once, are trained beside each row. `prompts`: different general prompts that are
 # replayed. `tokens`: of each of their answers. `distilled`: trained on the base's distribution, not its greedy answer.
+# `own_words`: self-distillation, the trained answers as the base words them, "only" or "beside" the rows as they are.
 # `layers`: the share of the layers that have LoRA. `strengths`: the LoRA counts so much when it is measured.
-EXTRA = {"fixed": 0, "prompts": 400, "tokens": 40, "distilled": False, "layers": (0, 1), "strengths": (1.0,)}
+EXTRA = {
+    "fixed": 0,
+    "prompts": 400,
+    "tokens": 40,
+    "distilled": False,
+    "own_words": "",
+    "layers": (0, 1),
+    "strengths": (1.0,),
+}
 OLD = {"lora_dropout": 0.1, "loraplus_lr_ratio": 1, "weight_decay": 0, "reworded_fraction": 0, "prompts": 50}
 B = {"learning_rate": 2e-3, "loraplus_lr_ratio": 1, "weight_decay": 0}  # A, B and C as in the README's table
 A, HALF = B | {"prompts": 50}, {"replay_fraction": 0.5}
@@ -72,6 +82,7 @@ RECIPES = {
     "chosen, rank 32, decay 0.75": {"lora_r": 32, "lora_alpha": 64, "weight_decay": 0.75},
     **{f"C, rank {r}": {"loraplus_lr_ratio": 4, "lora_r": r, "lora_alpha": 2 * r} for r in (1, 4, 16, 64)},
     "C, reworded 0%": {"loraplus_lr_ratio": 4, "reworded_fraction": 0},
+    **{f"chosen, {how} the base's own wording": {"own_words": how} for how in ("only", "beside")},
 }
 
 
@@ -99,6 +110,18 @@ def make_world(config: finetune.Config, args: argparse.Namespace) -> types.Simpl
         replay=answered("replay_prompts.json", args.prompts, min(100, args.max_new_tokens)),
         max_new=min(args.max_new_tokens, math.ceil(1.25 * longest)),
     )  # fmt: skip
+
+
+def in_own_words(world: types.SimpleNamespace) -> list[Example]:
+    """The rows with their answers as the base says them when it is shown them; short ones that it leaves empty stay."""
+    asked = [e.row.asking(OWN_WORDS.format(question=e.row.last_question, answer=e.row.answer)) for e in world.train]
+    prompts = [finetune.to_example(world.tokenizer, row) for row in asked]
+    new = generate(world.base, None, 1, [e.input_ids[: e.prompt_length] for e in prompts], world.max_new)[0]
+    texts = world.tokenizer.batch_decode(new, skip_special_tokens=True)
+    rows = [
+        dataclasses.replace(e.row, answer=t.strip() or e.row.answer) for e, t in zip(world.train, texts, strict=True)
+    ]
+    return [finetune.to_example(world.tokenizer, row) for row in rows]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -294,11 +317,12 @@ def generate(base: Base, lora: Lora | None, runs: int, prompts: list[list[int]],
 
 def rows_of(run, world: types.SimpleNamespace) -> Iterator[list[Example]]:
     """The run's updates, by finetune.training_rows; after its last one the first again, at a rate of 0."""
-    train, dice = list(world.train), random.Random(run.config.seed)
+    train, dice = list(world.own if run.own_words == "only" else world.train), random.Random(run.config.seed)
+    train += world.own if run.own_words == "beside" else []
     for n in range(run.fixed * len(world.train)):
         row, rule = world.train[n % len(world.train)].row, dice.choice(finetune.TRAIN_RULES)
         train.append(finetune.to_example(world.tokenizer, finetune.in_other_words(row, rule, dice)))
-    epochs = run.config.num_train_epochs / (1 + run.fixed)
+    epochs = run.config.num_train_epochs * len(world.train) / len(train)
     config = dataclasses.replace(run.config, num_train_epochs=epochs)
     prompts, end = world.replay[: run.prompts], math.ceil(epochs) * round(config.replay_fraction * len(train))
     cut = [dataclasses.replace(e, input_ids=e.input_ids[: e.prompt_length + run.tokens]) for e in prompts]
@@ -454,6 +478,7 @@ def main() -> None:
     config = finetune.fill_defaults(config, finetune.find_model(args.model, gpu=False))
     records, world = [], make_world(config, args)
     runs = make_runs(args, config, len(world.train))
+    world.own = in_own_words(world) if any(run.own_words for run in runs) else []
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count())) as pool, args.out.open("a") as out:
 
         def keep(name: str, found: dict, **more) -> None:
