@@ -4,6 +4,7 @@
     python tests/benchmark.py                      on a CUDA GPU with random weights of Mistral-7B's shape; made here
     python tests/benchmark.py --model FOLDER       with real weights, 16 or 4 bits
     python tests/benchmark.py --part chat          one part: training, memory or chat
+    python tests/benchmark.py --part training --only ours --only 2-ranks --batches 16 64     one process beside two
     python tests/benchmark.py                      without a GPU: the embedded model, plain transformers against ours
 
 Each arm runs in a process of its own, so that peaks of memory and patches of libraries do not mix. Prints a table and
@@ -227,6 +228,7 @@ def train_unsloth(options: argparse.Namespace) -> list[dict]:
 
 def train_ours(options: argparse.Namespace) -> list[dict]:
     """finetune.py's own functions, in the order of its job; `--max-vram` as there."""
+    finetune.start_ranks()
     if finetune.has_gpu():
         import unsloth  # noqa: F401  (before transformers)
     source = source_of(options.model)
@@ -242,17 +244,17 @@ def train_ours(options: argparse.Namespace) -> list[dict]:
         own = dataclasses.replace(config, effective_batch_size=batch, max_steps=WARM_UP + options.steps + 1)
         watch = stopwatch(options.steps, mean_length(rows))
         plan = finetune.make_plan(own, source.config, rows, finetune.free_memory(own))
-        partial = Path(tempfile.mkdtemp())
+        partial = Path(finetune.gather(tempfile.mkdtemp())[0])
         laid_out = finetune.training_rows(tokenizer, rows, [], plan, own)
 
         def validate() -> dict:
             return {"recall": None, "nll": finetune.answer_nll(model, tokenizer, held_out), "chrf": []}
 
-        _, plan = finetune.train(model, tokenizer, laid_out, validate, plan, own, partial, callbacks=(watch,))
+        facts, plan = finetune.train(model, tokenizer, laid_out, validate, plan, own, partial, callbacks=(watch,))
         names = finetune.PLAN_IN_RUN_JSON
-        results.append(
-            watch.result(batch) | {"plan": {name: getattr(plan, name) for name in names} | {"why": plan.reason}}
-        )
+        found = watch.result(batch) | {"plan": {name: getattr(plan, name) for name in names} | {"why": plan.reason}}
+        found["losses"] = [round(entry["loss"], 4) for entry in facts["log"]]
+        results.append(found | {"peak_gib": max(finetune.gather(found["peak_gib"]))})  # of the card that needs most
     return results
 
 
@@ -386,7 +388,7 @@ def chat_ours(options: argparse.Namespace) -> list[dict]:
 
 
 ARMS = {
-    "training": {"ours": train_ours, "seed": train_seed, "unsloth": train_unsloth},
+    "training": {"ours": train_ours, "seed": train_seed, "unsloth": train_unsloth, "2-ranks": train_ours},
     "memory": {kind: lambda options, kind=kind: memory(options, kind) for kind in ("fp32", "fp16", "4-bit")},
     "chat": {"generate": chat_generate, "unsloth": chat_unsloth, "ours": chat_ours},
 }
@@ -401,7 +403,18 @@ def run_arm(part: str, arm: str, options: argparse.Namespace) -> list[dict] | No
     model = options.model
     if options.random:
         model = str(options.random / ("16-bit" if (part, arm) == ("training", "seed") else "nf4"))
-    command = [sys.executable, __file__, "--arm", f"{part}/{arm}", "--steps", options.steps, "--tokens", options.tokens]
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2] if arm == "2-ranks" else []
+    command = [
+        sys.executable,
+        *ranks,
+        __file__,
+        "--arm",
+        f"{part}/{arm}",
+        "--steps",
+        options.steps,
+        "--tokens",
+        options.tokens,
+    ]
     command += ["--batches", *options.batches]
     command += ["--model", model] if model else []
     command += ["--max-vram", options.max_vram] if options.max_vram else []
@@ -469,21 +482,24 @@ def main() -> None:
     finetune.guard_torchvision()
     if options.arm:
         part, arm = options.arm.split("/")
-        print("RESULT " + json.dumps(ARMS[part][arm](options)))
+        found = ARMS[part][arm](options)
+        if finetune.RANK == 0:
+            print("RESULT " + json.dumps(found))
         return
     gpu = finetune.has_gpu()
+    alone = [arm for arms in ARMS.values() for arm in arms if arm != "2-ranks" and (gpu or arm != "unsloth")]
     options.random = options.scratch if gpu and not options.model else None
     parts = options.part or (list(ARMS) if gpu else ["training", "chat"])
     if options.random:
         options.random.mkdir(parents=True, exist_ok=True)
         make_random(options.random, options.tokenizer)
-    if not gpu:
+    if not gpu and options.batches == list(BATCHES):
         options.batches = [4]
     machine = finetune.environment()
     results: dict = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "batches": options.batches}
     print(f"{machine.get('gpu') or platform.processor() or 'CPU'}, {results['date']}")
     for part in parts:
-        arms = [arm for arm in ARMS[part] if (gpu or arm != "unsloth") and (not options.only or arm in options.only)]
+        arms = [arm for arm in ARMS[part] if arm in (options.only or alone)]
         results[part] = {arm: run_arm(part, arm, options) for arm in arms}
         options.output.write_text(json.dumps(results, indent=1, default=str) + "\n", encoding="utf-8")
     print(table(results))
