@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each of two processes has one core, and so has what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as chat.py: threads that spin starve whatever runs beside them
 finetune.guard_torchvision()
 
@@ -28,8 +30,15 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
+# pytest -n 2 gives a file to one of two processes, these first: they take minutes. A long fixture is made once.
+LONGEST = ("test_evidence", "test_train", "test_export", "test_kill", "test_notebook", "test_ranks", "test_faults")
+TOGETHER = {"test_export": "test_train"}
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for item in items:
+        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.stem, item.path.stem)))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; --slow runs it"))
 
