@@ -430,7 +430,7 @@ def check_input(
             importlib.import_module("unsloth")  # patches transformers, trl and peft, so it comes before them
         guard_torchvision()
     check_push(config.push_to_hub)
-    with rank_zero_first():
+    with rank_zero_first(), rank_zero_first(local=True):
         source = find_model(config.model, has_gpu(), config.revision)
         config = fill_defaults(config, source)
         tokenizer = load_tokenizer(source.folder, source.id)
@@ -438,8 +438,7 @@ def check_input(
         encoded = {example.row.id: example for example in encode(tokenizer, list(unique.values()), config.max_length)}
     sides = {"train": data.train, "eval": data.eval, "test": data.test}
     examples = {side: [encoded[row.id] for row in rows] for side, rows in sides.items()}
-    if len(set(gather(str((config_as_json(config), data.files, source.revision))))) > 1:
-        raise BadInput("the machines of this run differ in data, model or flags; start one command on the same files")
+    check_ranks(config, data, source)
     return data, source, tokenizer, examples, config
 
 
@@ -1452,7 +1451,9 @@ def load_model(source: Source, config: Config) -> Model:
         fetch_weights(source)
     dtype, gpu = compute_dtype(config.fp16), environment()["gpu"]
     size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
-    with working(f"Loading {source.name}"), in_turns(LOCAL_WORLD_SIZE * size > psutil.virtual_memory().available):
+    # Unsloth compiles code for models of other kinds, in all ranks at the same time.
+    alone = source.config.get("model_type") in LLAMA_CPP and LOCAL_WORLD_SIZE * size > psutil.virtual_memory().available
+    with working(f"Loading {source.name}"), in_turns(alone):
         if gpu:
             # Disabled before the first forward: cuDNN's attention re-plans for 50 ms for each new length of a row,
             # and rounds differently from the one that runs instead.
@@ -1609,6 +1610,8 @@ def estimate_memory(
         "activations": tokens * layers * kept + labels * shape["vocab_size"] * 10,
         "libraries": (0.15 if gpu else 1.0) * GIB,
     }
+    if WORLD_SIZE > 1:  # the buffers in which DDP sums gradients, and those of NCCL, which nobody has measured here yet
+        parts["other ranks"] = weights.lora * 4 + 0.5 * GIB
     return {part: size / GIB for part, size in parts.items()}
 
 
@@ -1628,15 +1631,12 @@ def batch_options(batch: int, gpu: bool) -> list[tuple[int, bool, str]]:
 
 def make_plan(config: Config, shape: dict, train: list[Example], memory: float | None) -> Plan:
     """The first option whose estimate fits in `memory` GiB of a GPU, or the last. None: a CPU, with the RAM it has.
-    Raises BadInput if the rows of an update cannot be shared out to the processes.
+    Of several processes, see check_ranks(), each has the same share of an update.
     """
     gpu = memory is not None
     memory = min(gather(memory if gpu else psutil.virtual_memory().available / GIB / LOCAL_WORLD_SIZE))
     by_length = sorted(train, key=lambda example: -len(example.input_ids))
     batch = min(config.effective_batch_size, len(train))
-    if batch % WORLD_SIZE:
-        fault = f"an update of {batch} rows cannot be shared out evenly to {WORLD_SIZE} processes"
-        raise BadInput(f"{fault}; take --effective-batch-size {math.ceil(batch / WORLD_SIZE) * WORLD_SIZE}")
     for micro, checkpointing, optim in batch_options(batch // WORLD_SIZE, gpu):
         longest = by_length[:micro]
         tokens = sum(len(e.input_ids) for e in longest) if gpu else micro * len(longest[0].input_ids)  # a CPU pads
@@ -1795,7 +1795,10 @@ def train(
             raise
         except Exception as error:
             step = trainer.state.global_step
-            if ran_out_of(error) != "memory" or WORLD_SIZE > 1:  # the others are in the middle of this update
+            if ran_out_of(error) != "memory":
+                raise
+            if WORLD_SIZE > 1:  # the others are in the middle of this update
+                error.add_note("With several processes the plan is not lowered: give a lower --max-vram.")
                 raise
         trainer.model.zero_grad(set_to_none=True)
         if step:  # weights and optimizer are those of the last whole update
@@ -2010,7 +2013,7 @@ def stopped_by_signals(monitor: Any) -> Iterator[None]:
     """Ctrl-C and SIGTERM end training after the running update; the second one at once."""
 
     def stop(number: int, _: Any) -> None:
-        if monitor.stopped_by:
+        if monitor.stopped_by and WORLD_SIZE == 1:  # Slurm and torchrun may each send it
             raise KeyboardInterrupt(number)
         monitor.stopped_by = number
 
@@ -2089,7 +2092,7 @@ def last_checkpoint(partial: Path, before: float = math.inf) -> Path | None:
 
 LOST_RANK = "finetune.py: another process of this run has ended. If training had begun: add --resume to go on."
 RANKS_WAIT = datetime.timedelta(hours=2)  # for what the first does alone, a download say
-TELL_SECONDS = 3  # see main()
+TELL_SECONDS = 3  # see let_rank_zero_tell()
 
 
 def start_ranks() -> None:
@@ -2098,14 +2101,35 @@ def start_ranks() -> None:
         return
     console.quiet = RANK > 0
     if LOCAL_RANK > 0:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # what they need, the first has brought into the cache
-    gpus = torch.cuda.device_count()
-    if has_gpu() and gpus < LOCAL_WORLD_SIZE:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # what they need, the first of their machine has brought into the cache
+    gpu, gpus = has_gpu(), torch.cuda.device_count()
+    if gpu and gpus < LOCAL_WORLD_SIZE:
         raise BadInput(f"{LOCAL_WORLD_SIZE} processes, but {gpus} GPUs here: start it with --nproc-per-node {gpus}")
-    accelerate.PartialState(cpu=not has_gpu(), timeout=RANKS_WAIT)
+    # Gloo too, for what is no tensor of a GPU: a rank that waits in it notices at once that another has ended.
+    backend = {"backend": "cpu:gloo,cuda:nccl"} if gpu else {}
+    if accelerate.PartialState(cpu=not gpu, timeout=RANKS_WAIT, **backend).num_processes != WORLD_SIZE:
+        raise BadInput(f"WORLD_SIZE is {WORLD_SIZE}, but there is no LOCAL_RANK: start the processes with torchrun")
     # The trainer loads a checkpoint onto accelerate's "cpu:0", a name of the CPU that torch.load() does not know.
     on_cpu = {"deserializer": lambda storage, location: storage if location.startswith("cpu:") else None}
     torch.serialization.register_package(priority=15, tagger=lambda storage: None, **on_cpu)
+
+
+def end_ranks() -> None:
+    """All at once: torchrun ends the others as soon as one has failed, perhaps in the middle of saving."""
+    if WORLD_SIZE > 1:
+        wait_for_all()
+        accelerate.PartialState().destroy_process_group()
+
+
+def check_ranks(config: Config, data: Data, source: Source) -> None:
+    """Raises BadInput unless all ranks have the same to do, and an update's rows can be shared out to them."""
+    if len(set(gather(str((config_as_json(config), data.files, source.revision))))) > 1:
+        raise BadInput("the machines of this run differ in data, model or flags; start one command on the same files")
+    batch, more = min(config.effective_batch_size, len(data.train)), math.ceil(config.effective_batch_size / WORLD_SIZE)
+    if batch % WORLD_SIZE:
+        larger = "" if config.resume or more * WORLD_SIZE > len(data.train) else more * WORLD_SIZE
+        ways = f"; take --effective-batch-size {larger}, or" if larger else "; take"
+        raise BadInput(f"an update of {batch} rows cannot be shared out to {WORLD_SIZE} processes{ways} fewer of them")
 
 
 def rank_zero_only(function: Callable) -> Callable:
@@ -2113,20 +2137,23 @@ def rank_zero_only(function: Callable) -> Callable:
     return functools.wraps(function)(lambda *some, **more: function(*some, **more) if RANK == 0 else None)
 
 
-def rank_zero_first(local: bool = False):
+@contextlib.contextmanager
+def rank_zero_first(local: bool = False) -> Iterator[None]:
     """The first rank (local: of each machine) goes through this block before the others: it alone tells what is wrong
     there, and leaves in the cache what the others need.
     """
-    if WORLD_SIZE == 1:
-        return contextlib.nullcontext()
-    state = accelerate.PartialState()
-    return state.local_main_process_first() if local else state.main_process_first()
+    first = (LOCAL_RANK if local else RANK) == 0
+    if not first:
+        wait_for_all()
+    yield
+    if first:
+        wait_for_all()
 
 
 @contextlib.contextmanager
 def in_turns(needed: bool) -> Iterator[None]:
     """The ranks of a machine go through this block one after the other, if one of them needs that; else all at once."""
-    turns = range(LOCAL_WORLD_SIZE) if any(gather(needed)) else [LOCAL_RANK]
+    turns = range(max(gather(LOCAL_WORLD_SIZE))) if any(gather(needed)) else [LOCAL_RANK]
     for turn in turns:
         if turn == LOCAL_RANK:
             yield
@@ -2134,8 +2161,7 @@ def in_turns(needed: bool) -> Iterator[None]:
 
 
 def wait_for_all() -> None:
-    if WORLD_SIZE > 1:
-        accelerate.PartialState().wait_for_everyone()
+    gather(None)  # over gloo, where PyTorch's barrier would wait on the GPU and hear of nothing else
 
 
 def gather(value: Any) -> list:
@@ -2145,7 +2171,18 @@ def gather(value: Any) -> list:
 
 def lost_a_rank(error: BaseException) -> bool:
     """Whether a process fails only because another one of the run has ended."""
-    return WORLD_SIZE > 1 and (isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower())
+    words = "(closed|reset) by peer|Broken pipe|remote process exit"
+    return WORLD_SIZE > 1 and not isinstance(error, BadInput) and bool(re.search(words, str(error)))
+
+
+def let_rank_zero_tell() -> None:
+    """Before a process ends. A fault of all ranks ends the first one too, which tells it; then torchrun ends the others
+    while they wait here. What only one of them has met it tells itself.
+    """
+    if WORLD_SIZE > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if RANK else signal.SIG_IGN)
+    if RANK:
+        time.sleep(TELL_SECONDS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2791,7 +2828,7 @@ def rouge_l(answer: str, reference: str) -> float:
 
 LOCK_SECONDS = 120  # a run renews its lock more often by far; one that is older is nobody's
 PLAN_IN_RUN_JSON = (
-    "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim"
+    "micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "padding_free", "optim", "world_size"
 )  # fmt: skip
 
 
@@ -2825,6 +2862,7 @@ def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
 
 def already_finished(output: Path, partial: Path) -> dict:
     """What --resume finds when the run was killed after all was done."""
+    wait_for_all()
     if RANK == 0:
         shutil.rmtree(partial, ignore_errors=True)
     say("Saved", f"{output}   was finished; nothing is left to do")
@@ -2916,6 +2954,8 @@ def check_checkpoints(partial: Path, last: Path) -> None:
     """Before a run goes on: raises BadInput that names a damaged file. A checkpoint of which files are gone goes whole:
     the run was killed while the trainer removed it.
     """
+    for file in last.glob("rng_state_*") if not (last / SUMS).is_file() else ():  # other ranks may be writing it
+        file.unlink()
     for folder in [sums.parent for sums in partial.rglob(SUMS)]:
         if folder not in (partial, last) and not all(file.is_file() for file in damaged(folder)):
             shutil.rmtree(folder)
@@ -4193,7 +4233,9 @@ def interrupt(number: int, _: Any = None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 failed, 2 bad input, 3 not improved, 128 + signal where it was stopped."""
+    """Exit codes: 0 done, 1 failed, 2 bad input, 3 not improved, 128 + signal where it was stopped. torchrun makes 1 of
+    each that is not 0, and prints it.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal or file that is not UTF-8
@@ -4201,7 +4243,8 @@ def main(argv: list[str] | None = None) -> int:
     log, code, said = None, 0, ""
     try:
         signal.signal(signal.SIGTERM, interrupt)
-        with contextlib.redirect_stderr(io.StringIO()) if RANK else contextlib.nullcontext():
+        nowhere = io.StringIO() if RANK else None
+        with contextlib.redirect_stdout(nowhere or sys.stdout), contextlib.redirect_stderr(nowhere or sys.stderr):
             config = parse(argv)
         handle, log = tempfile.mkstemp(prefix="finetune-", suffix=".log")
         os.close(handle)
@@ -4209,9 +4252,8 @@ def main(argv: list[str] | None = None) -> int:
             jobs = {dry_run: config.dry_run, evaluate_adapter: config.evaluate, export_adapter: config.export}
             jobs[push_adapter] = config.push
             run = next((job for job, asked in jobs.items() if asked), run_evaluation)(config)
-            if WORLD_SIZE > 1:
-                accelerate.PartialState().destroy_process_group()
-        if config.require_improvement and run and run["evaluation"]["verdict"]["label"] != "helped":
+            end_ranks()
+        if config.require_improvement and RANK == 0 and run and run["evaluation"]["verdict"]["label"] != "helped":
             code = 3
     except BadInput as problem:
         code, said = 2, f"finetune.py: {clean(without_secrets(str(problem)))}"
@@ -4220,27 +4262,33 @@ def main(argv: list[str] | None = None) -> int:
             signal.alarm(0)  # see interrupt()
         code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
         said = "" if RANK else "Interrupted. If training had begun, its last update is saved: add --resume to go on."
+    except SystemExit:  # --help, --version, an unknown flag
+        let_rank_zero_tell()
+        raise
     except BrokenPipeError:  # the reader has seen enough: finetune.py --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
         code, said = 1, f"finetune.py: failed: {type(error).__name__}: {brief(error)}"
         if lacking := ran_out_of(error):
             said = f"finetune.py: {LACKING[lacking]} ({brief(error)})"
-        if lost_a_rank(error):
-            said = "" if RANK else LOST_RANK
+        elif lost_a_rank(error):
+            said = "" if RANK else f"{LOST_RANK} ({brief(error)})"
         said = "\n".join([said, *getattr(error, "__notes__", [])])
-    if said and RANK:  # a fault of all ranks ends the first one too, which tells it; torchrun then ends this one
-        time.sleep(TELL_SECONDS)
-        said = f"rank {RANK}: {said}"
-    if said:
-        errors.print(Text(said, style="red" if errors.is_terminal and code == 2 else ""))
     if log and log not in said:
         Path(log).unlink(missing_ok=True)
+    if code:
+        let_rank_zero_tell()
+    if said:
+        said = f"rank {RANK}: {said}" if RANK else said
+        errors.print(Text(said, style="red" if errors.is_terminal and code == 2 else ""))
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code and WORLD_SIZE > 1:
+        os._exit(code)  # Python's own way out would wait for connections to ranks that are gone
+    sys.exit(code)
 
 
 # What `uv run finetune.py` installs: requirements.txt.

@@ -59,6 +59,7 @@ def whole(tiny_model, tmp_path_factory) -> Path:
 def printed(folder: Path) -> tuple[str, list[str]]:
     """What was on the screen, and our own messages on stderr; torchrun adds its report of a failure there."""
     err = (folder / "err.txt").read_text()
+    assert "KeyboardInterrupt" not in err
     return (folder / "out.txt").read_text(), re.findall(r"^(?:rank \d: )?(?:finetune\.py: .*|Interrupted.*)", err, re.M)
 
 
@@ -108,7 +109,8 @@ def test_a_killed_process_ends_the_other_and_one_goes_on_alone(start, whole, tmp
     wait_for_checkpoint(tmp_path / "adapter.partial", process)
     ranks_of(process)[1].kill()
     process.wait(30)
-    assert printed(tmp_path)[1] == [finetune.LOST_RANK]
+    [message] = printed(tmp_path)[1]
+    assert message.startswith(finetune.LOST_RANK)
     assert start(1, "--output-dir", "adapter", "--resume").wait(300) == 0
     assert "processes was 2, is 1" in printed(tmp_path)[0]
     assert_equal_runs(tmp_path / "adapter", whole)
@@ -145,7 +147,7 @@ def test_a_run_of_one_process_goes_on_in_two_which_a_signal_ends_together(start,
     [
         (["--data", "nowhere.json"], "nowhere.json"),
         (["--lora-r", "0"], "--lora-r must be at least 1"),
-        (["--effective-batch-size", "3"], "evenly to 2 processes; take --effective-batch-size 4"),
+        (["--effective-batch-size", "3"], "to 2 processes; take --effective-batch-size 4, or fewer of them"),
         (["--target-modules", "no_proj"], "--target-modules"),
         (["--export", "adapter"], "start them without torchrun"),
     ],
@@ -160,6 +162,20 @@ def test_bad_input_is_told_once(start, tmp_path, flags, message):
     assert len(messages) == 1 and message in messages[0] and not messages[0].startswith("rank")
     assert re.search(r"exitcode *: 2\b", (tmp_path / "err.txt").read_text())
     assert not (tmp_path / "adapters").exists()
+
+
+def test_help_and_unknown_flags_are_shown_once(start, tmp_path):
+    assert start(2, "--help").wait(120) == 0
+    assert printed(tmp_path)[0].count("--lora-dropout") == 1
+    assert start(2, "--no-such-flag").wait(120) == 1
+    assert (tmp_path / "err.txt").read_text().count("--no-such-flag") == 1
+
+
+def test_not_improved_ends_with_all_saved(start, tmp_path):
+    """torchrun ends all ranks when one fails, and this is a failure to it."""
+    process = start(2, "--max-steps", "2", "--output-dir", "adapter", "--require-improvement")
+    assert process.wait(120) == 1 and re.search(r"exitcode *: 3\b", (tmp_path / "err.txt").read_text())
+    assert (tmp_path / "adapter/run.json").is_file() and "\nSaved " in printed(tmp_path)[0]
 
 
 def test_a_fault_of_one_process_is_told_by_it(start, tmp_path):
