@@ -35,6 +35,7 @@ LONGEST = ("test_evidence", "test_train", "test_export", "test_kill", "test_note
 TOGETHER = {"test_export": "test_train"}
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for item in items:
