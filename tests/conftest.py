@@ -30,16 +30,14 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
-# pytest -n 2 gives a file to one of two processes, these first: they take minutes. A long fixture is made once.
-LONGEST = ("test_evidence", "test_train", "test_export", "test_kill", "test_notebook", "test_ranks", "test_faults")
-TOGETHER = {"test_export": "test_train"}
+# pytest -n 2 gives each of two processes a file at a time, these first and in turns: they take minutes. So the same one
+# gets test_train and test_export, and makes the run that they share once.
+LONGEST = ("test_evidence", "test_train", "test_kill", "test_export", "test_notebook", "test_ranks", "test_faults")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(TOGETHER.get(item.path.stem, item.path.stem)))
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; --slow runs it"))
 
