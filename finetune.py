@@ -103,10 +103,8 @@ HERE = Path(__file__).parent
 SAMPLE = Path("data/faq_sample.json")
 GIB = 2**30
 # torchrun and accelerate start a process for each GPU: which of them this is, of all and on its machine, and how many.
-RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = (
-    int(os.environ.get(name, default))
-    for name, default in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}.items()
-)
+COUNTS = [os.environ.get(name, "") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")]
+RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE = map(int, COUNTS) if all(map(str.isdigit, COUNTS)) else (0, 0, 1, 1)
 # Under these environment variables libraries say less.
 QUIET = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "UNSLOTH_DISABLE_STATISTICS": "1"}
 
@@ -2107,8 +2105,7 @@ def start_ranks() -> None:
         raise BadInput(f"{LOCAL_WORLD_SIZE} processes, but {gpus} GPUs here: start it with --nproc-per-node {gpus}")
     # Gloo too, for what is no tensor of a GPU: a rank that waits in it notices at once that another has ended.
     backend = {"backend": "cpu:gloo,cuda:nccl"} if gpu else {}
-    if accelerate.PartialState(cpu=not gpu, timeout=RANKS_WAIT, **backend).num_processes != WORLD_SIZE:
-        raise BadInput(f"WORLD_SIZE is {WORLD_SIZE}, but there is no LOCAL_RANK: start the processes with torchrun")
+    accelerate.PartialState(cpu=not gpu, timeout=RANKS_WAIT, **backend)
     # The trainer loads a checkpoint onto accelerate's "cpu:0", a name of the CPU that torch.load() does not know.
     on_cpu = {"deserializer": lambda storage, location: storage if location.startswith("cpu:") else None}
     torch.serialization.register_package(priority=15, tagger=lambda storage: None, **on_cpu)

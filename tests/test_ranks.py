@@ -164,6 +164,11 @@ def test_bad_input_is_told_once(start, tmp_path, flags, message):
     assert not (tmp_path / "adapters").exists()
 
 
+def test_a_variable_of_that_name_alone_means_nothing(run, faq):
+    done = run("--data", faq, "--dry-run", RANK="1", WORLD_SIZE="gold")
+    assert done.returncode == 0 and "Nothing was written" in done.stdout
+
+
 def test_help_and_unknown_flags_are_shown_once(start, tmp_path):
     assert start(2, "--help").wait(120) == 0
     assert printed(tmp_path)[0].count("--lora-dropout") == 1
