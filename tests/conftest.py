@@ -13,8 +13,6 @@ sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # each of two processes has one core, and so has what they start
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as chat.py: threads that spin starve whatever runs beside them
 finetune.guard_torchvision()
 
@@ -30,13 +28,7 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
 
 
-# pytest -n 2 gives each of two processes a file at a time, these first and in turns: they take minutes. So the same one
-# gets test_train and test_export, and makes the run that they share once.
-LONGEST = ("test_evidence", "test_train", "test_kill", "test_export", "test_notebook", "test_ranks", "test_faults")
-
-
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="takes minutes; --slow runs it"))
