@@ -3932,7 +3932,8 @@ def ran_out_of(error: BaseException) -> str:
     if isinstance(error, BadInput):  # has its own words
         return ""
     words = f"{type(error).__name__}: {error}"
-    if re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", words):
+    onednn = "could not (create|execute) a (primitive|memory object)"  # all that it says where there is no memory
+    if re.search(f"MemoryError|out of memory|allocate memory|ALLOC_FAILED|{onednn}", words):
         return "memory"
     full = "No space left|quota exceeded|StreamWriter|unexpected pos|iostream error"  # the last three: torch.save()
     return "disk" if re.search(full, str(error)) else ""
@@ -4219,13 +4220,13 @@ def without_home(path: Path | str) -> str:
 
 
 def interrupt(number: int, _: Any = None) -> None:
-    """What SIGTERM does. Python drops the exception if it comes inside an object's __del__, and the run would go on: so
-    it is raised again every two seconds, unless it is on its way.
+    """What SIGTERM does. Not while another exception is on its way, which must reach main(), and Python drops what is
+    raised inside an object's __del__, after which the run would go on: so it is tried again every two seconds.
     """
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, lambda *_: interrupt(number))
         signal.alarm(2)
-    if not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+    if sys.exc_info()[1] is None:
         raise KeyboardInterrupt(number)
 
 
@@ -4255,8 +4256,6 @@ def main(argv: list[str] | None = None) -> int:
     except BadInput as problem:
         code, said = 2, f"finetune.py: {clean(without_secrets(str(problem)))}"
     except KeyboardInterrupt as stopped:
-        if hasattr(signal, "alarm"):
-            signal.alarm(0)  # see interrupt()
         code = 128 + (stopped.args[0] if stopped.args else signal.SIGINT)
         said = "" if RANK else "Interrupted. If training had begun, its last update is saved: add --resume to go on."
     except SystemExit:  # --help, --version, an unknown flag
@@ -4271,6 +4270,8 @@ def main(argv: list[str] | None = None) -> int:
         elif lost_a_rank(error):
             said = "" if RANK else f"{LOST_RANK} ({brief(error)})"
         said = "\n".join([said, *getattr(error, "__notes__", [])])
+    if hasattr(signal, "alarm"):
+        signal.alarm(0)  # see interrupt()
     if log and log not in said:
         Path(log).unlink(missing_ok=True)
     if code:
