@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -516,12 +517,14 @@ def test_memory_that_runs_out_in_loading_is_told(job, wide, tmp_path):
 @LINUX
 @pytest.mark.parametrize(("stage", "megabytes"), [("measure", 110), ("train", 250)])
 def test_memory_that_runs_out_is_told_or_made_do_with(job, wide, tmp_path, stage, megabytes):
-    """How much is too little for all else differs from processor to processor: that is told. A little more is made do
-    with."""
+    """How much is too little for all else differs from processor to processor: that is told, unless native code that
+    does not look whether it got memory ends the process first (seen in oneDNN). A little more is made do with."""
     for room in (round(megabytes * 1.2**n) for n in range(9)):
         (tmp_path / "lacking").unlink(missing_ok=True)
         before = f"{LIMIT}\nfinetune.{stage} = limited(finetune.{stage}, {room})"
         done = job(*FLAGS, *SCARCE, "--model", wide, "--output-dir", f"with-{room}", before=before)
+        if done.returncode == -signal.SIGSEGV:
+            continue
         assert "memory" in (tmp_path / "lacking").read_text()
         if done.returncode == 0:
             break
