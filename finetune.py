@@ -1609,7 +1609,7 @@ def estimate_memory(
         "libraries": (0.15 if gpu else 1.0) * GIB,
     }
     if WORLD_SIZE > 1:  # the buffers in which DDP sums gradients, and those of NCCL, which nobody has measured here yet
-        parts["other ranks"] = weights.lora * 4 + 0.5 * GIB
+        parts["other ranks"] = weights.lora * 4 + (0.5 * GIB if gpu else 0)
     return {part: size / GIB for part, size in parts.items()}
 
 
