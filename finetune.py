@@ -287,8 +287,7 @@ def run_evaluation(config: Config | None = None) -> dict:
     started = time.monotonic()
     # 1. Find everything that can be wrong with the data, the model's name and the output folder.
     data, source, tokenizer, examples, config = check_input(config or Config())
-    with rank_zero_first():
-        output, partial = choose_output(config, source)
+    output, partial = choose_output(config, source)
     if output.exists():
         return already_finished(output, partial)
     made, lock = make_folder(partial)
@@ -1429,6 +1428,11 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def own_device() -> dict[str, dict[str, int | str]]:
+    """For from_pretrained(): the whole model on the GPU of this process, or on the CPU."""
+    return {"device_map": {"": LOCAL_RANK if has_gpu() else "cpu"}}
+
+
 def compute_dtype(fp16: bool = False) -> torch.dtype:
     """bf16 where the GPU has it natively; fp16 on older ones (a T4 claims bf16 by emulation); fp32 on a CPU."""
     if not has_gpu():
@@ -1449,15 +1453,14 @@ def load_model(source: Source, config: Config) -> Model:
         fetch_weights(source)
     dtype, gpu = compute_dtype(config.fp16), environment()["gpu"]
     size = sum(file.stat().st_size for file in source.folder.glob("*.safetensors"))
-    # Unsloth compiles code for models of other kinds, in all ranks at the same time.
+    # Only where ranks load without each other: for other kinds of model Unsloth compiles code, with all ranks together.
     alone = source.config.get("model_type") in LLAMA_CPP and LOCAL_WORLD_SIZE * size > psutil.virtual_memory().available
     with working(f"Loading {source.name}"), in_turns(alone):
         if gpu:
             # Disabled before the first forward: cuDNN's attention re-plans for 50 ms for each new length of a row,
             # and rounds differently from the one that runs instead.
             torch.backends.cuda.enable_cudnn_sdp(False)
-            how = {"dtype": dtype, "load_in_4bit": True, "max_seq_length": config.max_length}
-            how["device_map"] = {"": LOCAL_RANK}
+            how = {"dtype": dtype, "load_in_4bit": True, "max_seq_length": config.max_length, **own_device()}
             model, _ = unsloth.FastLanguageModel.from_pretrained(str(source.folder), **how)
         else:
             model = load_4bit(source, dtype).dequantize().eval()
@@ -1472,7 +1475,7 @@ def load_4bit(source: Source, dtype: torch.dtype) -> Model:
     On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks the weights at the first forward in eval mode, to multiply in
     bf16 whatever was asked, and never back: batches are three times slower so, and answers differ. Here it may not.
     """
-    how: dict[str, Any] = {"dtype": dtype, "device_map": {"": LOCAL_RANK if has_gpu() else "cpu"}}
+    how: dict[str, Any] = {"dtype": dtype, **own_device()}
     if "quantization_config" not in source.config:  # and no None: that would hide the one of a prequantized model
         nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
         how["quantization_config"] = transformers.BitsAndBytesConfig(load_in_4bit=True, **nf4)
@@ -1802,7 +1805,7 @@ def train(
         if step:  # weights and optimizer are those of the last whole update
             trainer._save_checkpoint(model, trial=None)
             checkpoint = last_checkpoint(partial)
-            write_sums(checkpoint)
+            seal_checkpoint(checkpoint)
         plan = lower_plan(plan, step, gpu)
         del trainer
         torch.cuda.empty_cache()
@@ -1980,9 +1983,7 @@ def make_monitor(rows: list[Example], plan: Plan, config: Config, before: dict, 
                 console.print(Text(line, style="dim"), soft_wrap=True)
 
         def on_save(self, args, state, *_, **__):
-            wait_for_all()  # each rank writes its random state there
-            if RANK == 0:
-                write_sums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            seal_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
             self.last_save = time.monotonic()
 
         def on_log(self, args, state, control, logs, optimizer=None, **_):
@@ -2070,6 +2071,13 @@ def way_on(partial: Path, log: list[dict], monitor: Any, config: Config) -> str:
     return f"Last good checkpoint: {use}.\nTo train again: {again}."
 
 
+def seal_checkpoint(folder: Path) -> None:
+    """Write its SHA256SUMS, once each rank has written its random state there."""
+    wait_for_all()
+    if RANK == 0:
+        write_sums(folder)
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
@@ -2106,7 +2114,7 @@ def start_ranks() -> None:
     # Gloo too, for what is no tensor of a GPU: a rank that waits in it notices at once that another has ended.
     backend = {"backend": "cpu:gloo,cuda:nccl"} if gpu else {}
     accelerate.PartialState(cpu=not gpu, timeout=RANKS_WAIT, **backend)
-    # The trainer loads a checkpoint onto accelerate's "cpu:0", a name of the CPU that torch.load() does not know.
+    # The trainer puts the tensors of a checkpoint on accelerate's device "cpu:0", a name that PyTorch does not know.
     on_cpu = {"deserializer": lambda storage, location: storage if location.startswith("cpu:") else None}
     torch.serialization.register_package(priority=15, tagger=lambda storage: None, **on_cpu)
 
@@ -2122,11 +2130,12 @@ def check_ranks(config: Config, data: Data, source: Source) -> None:
     """Raises BadInput unless all ranks have the same to do, and an update's rows can be shared out to them."""
     if len(set(gather(str((config_as_json(config), data.files, source.revision))))) > 1:
         raise BadInput("the machines of this run differ in data, model or flags; start one command on the same files")
-    batch, more = min(config.effective_batch_size, len(data.train)), math.ceil(config.effective_batch_size / WORLD_SIZE)
-    if batch % WORLD_SIZE:
-        larger = "" if config.resume or more * WORLD_SIZE > len(data.train) else more * WORLD_SIZE
-        ways = f"; take --effective-batch-size {larger}, or" if larger else "; take"
-        raise BadInput(f"an update of {batch} rows cannot be shared out to {WORLD_SIZE} processes{ways} fewer of them")
+    batch = min(config.effective_batch_size, len(data.train))
+    if batch % WORLD_SIZE and not config.evaluate:
+        larger = math.ceil(config.effective_batch_size / WORLD_SIZE) * WORLD_SIZE
+        possible = larger <= len(data.train) and not config.resume  # a run that goes on keeps its updates
+        ways = f"take --effective-batch-size {larger}, or fewer of them" if possible else "take fewer of them"
+        raise BadInput(f"an update of {batch} rows cannot be shared out to {WORLD_SIZE} processes; {ways}")
 
 
 def rank_zero_only(function: Callable) -> Callable:
@@ -2136,8 +2145,8 @@ def rank_zero_only(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def rank_zero_first(local: bool = False) -> Iterator[None]:
-    """The first rank (local: of each machine) goes through this block before the others: it alone tells what is wrong
-    there, and leaves in the cache what the others need.
+    """The first rank (local: of each machine) goes through this block, or decorated function, before the others: it
+    alone tells what is wrong there, and leaves in the cache what the others need.
     """
     first = (LOCAL_RANK if local else RANK) == 0
     if not first:
@@ -2829,6 +2838,7 @@ PLAN_IN_RUN_JSON = (
 )  # fmt: skip
 
 
+@rank_zero_first()
 def choose_output(config: Config, source: Source) -> tuple[Path, Path]:
     """(adapters/NAME, adapters/NAME.partial). Nothing that stands is overwritten; --resume finds the unfinished run."""
     output = base = config.output_dir or Path("adapters") / f"{slug(config.data[0].stem)}-{source.name}"
@@ -3744,7 +3754,7 @@ def certify_merged(
     whole = size * (1.1 if has_gpu() else 2.2) < free  # a CPU computes in 32 bits
     with working(f"Loading the merged model again, to measure its loss on {len(records)} held-out rows"):
         if whole:
-            how = {"dtype": compute_dtype(), "device_map": {"": LOCAL_RANK if has_gpu() else "cpu"}}
+            how = {"dtype": compute_dtype(), **own_device()}
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, **how).eval()
         else:
             model = load_4bit(Source(folder.name, folder.name, folder), compute_dtype())
@@ -3777,8 +3787,8 @@ class Tracker:
     """--report-to: settings, curves, final numbers, verdict and advice, the same in each. It never asks for a login."""
 
     def __init__(self, config: Config, name: str):
-        self.kind, about = config.report_to, {"name": name, "config": config_as_json(config)}
-        self.kind = self.kind if RANK == 0 else "none"
+        self.kind = config.report_to if RANK == 0 else "none"
+        about = {"name": name, "config": config_as_json(config)}
         try:
             if self.kind == "tensorboard":
                 self.command = "tensorboard --logdir runs"
@@ -4002,7 +4012,7 @@ def working(text: str) -> Iterator[None]:
 def report_progress(what: str, done: int, total: int) -> None:
     """How far the work is that the moving line names: "answers 12 of 32"."""
     for bar, task in bars[-1:]:
-        done = min(done, total or done)
+        done = min(done, total or done)  # of several ranks all shares are counted as large as the first one's
         if done < bar.tasks[0].completed:  # the next part of the work goes at a pace of its own
             bar.reset(task)
         bar.update(task, completed=done, total=total or None, done=f"{what} {done} of {total}")
@@ -4220,8 +4230,8 @@ def without_home(path: Path | str) -> str:
 
 
 def interrupt(number: int, _: Any = None) -> None:
-    """What SIGTERM does. Not while another exception is on its way, which must reach main(), and Python drops what is
-    raised inside an object's __del__, after which the run would go on: so it is tried again every two seconds.
+    """What SIGTERM does: it ends the run with a KeyboardInterrupt. Python drops one that is raised inside an object's
+    __del__, and one raised while another exception is handled would hide that. So it is tried every two seconds.
     """
     if hasattr(signal, "alarm"):
         signal.signal(signal.SIGALRM, lambda *_: interrupt(number))

@@ -29,11 +29,11 @@ def start(tiny_model, faq, tmp_path):
     """start(processes, "--flag", ...) -> the running program, its output in files out.txt and err.txt."""
     started = []
 
-    def call(processes: int, *flags, model=tiny_model) -> subprocess.Popen:
+    def call(processes: int, *flags, **variables) -> subprocess.Popen:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [*(torchrun if processes > 1 else [sys.executable]), ROOT / "finetune.py", "--model", model]
+        command = [*(torchrun if processes > 1 else [sys.executable]), ROOT / "finetune.py", "--model", tiny_model]
         files = {name: (tmp_path / f"{name[3:]}.txt").open("w") for name in ("stdout", "stderr")}
-        env = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}
+        env = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"} | variables
         process = subprocess.Popen([*command, "--data", faq, *FLAGS.split(), *flags], cwd=tmp_path, env=env, **files)
         started.append(process)
         return process
@@ -196,12 +196,8 @@ def test_a_fault_of_one_process_is_told_by_it(start, tmp_path):
         "        shuffle(self, some)\n"
         "    random.Random.shuffle = fail\n"
     )
-    os.environ["PYTHONPATH"], before = str(tmp_path), os.environ.get("PYTHONPATH")
-    try:
-        process = start(2, "--output-dir", "adapter")
-        assert process.wait(120) != 0
-    finally:
-        os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
+    process = start(2, "--output-dir", "adapter", PYTHONPATH=str(tmp_path))
+    assert process.wait(120) != 0
     _, messages = printed(tmp_path)
     assert [m for m in messages if m.startswith("rank 1: finetune.py: failed: OSError: this machine is on fire")]
     assert len(messages) <= 2 and not [m for m in messages if "failed" in m and not m.startswith("rank 1")]
