@@ -1498,7 +1498,6 @@ def add_lora(model: Model, config: Config, source: Source) -> Model:
             model = unsloth.FastLanguageModel.get_peft_model(model, use_gradient_checkpointing="unsloth", **lora)
         else:
             model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **lora))
-            replace_dropout(model)
     except ValueError as error:
         if "target modules" not in str(error).lower():
             raise
@@ -1509,24 +1508,6 @@ def add_lora(model: Model, config: Config, source: Source) -> Model:
     share = f"{trainable / 1e6:.1f}M trainable of {total / 1e6:.0f}M ({100 * trainable / total:.1f}%)"
     say("LoRA", f"{settings} on {len(config.target_modules)} projections: {share}")
     return model
-
-
-def replace_dropout(model: Model) -> None:
-    """LoRA's dropout from 16 random bits a number instead of 64: nn.Dropout took a quarter of an update on a CPU."""
-
-    class Dropout(torch.nn.Dropout):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if not self.training:
-                return x
-            dropped = round(self.p * 2**16)
-            words = torch.empty(-(x.numel() // -4), dtype=torch.int64).random_(-(2**63), None)
-            keep = words.view(torch.int16)[: x.numel()].view_as(x) >= dropped - 2**15
-            return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-
-    for module in model.modules():
-        for name, layer in getattr(module, "lora_dropout", {}).items():
-            if isinstance(layer, torch.nn.Dropout):
-                module.lora_dropout[name] = Dropout(layer.p)
 
 
 def load_adapter(model: Model, folder: Path) -> None:
@@ -1611,7 +1592,7 @@ def estimate_memory(
         "activations": tokens * layers * kept + labels * shape["vocab_size"] * 10,
         "libraries": (0.15 if gpu else 1.0) * GIB,
     }
-    if WORLD_SIZE > 1:  # the buffers in which DDP sums gradients, and those of NCCL, which nobody has measured here yet
+    if WORLD_SIZE > 1:  # the buffers in which DDP sums gradients; what NCCL takes beside PyTorch is a guess
         parts["other ranks"] = weights.lora * 4 + (0.5 * GIB if gpu else 0)
     return {part: size / GIB for part, size in parts.items()}
 
@@ -1753,7 +1734,12 @@ def training_rows(
         updates = [near[n : n + plan.batch] for n in range(0, len(near), plan.batch)]
         random.Random(f"{config.seed}:{start}").shuffle(updates)
         ordered += itertools.chain(*updates)
-    return ordered
+    # What the ranks read at the same time is dealt out in turn: else the last one would have all the long rows.
+    together, dealt = plan.micro_batch_size * WORLD_SIZE, []
+    for start in range(0, len(ordered), together):
+        for rank in range(WORLD_SIZE):
+            dealt += ordered[start : start + together][rank::WORLD_SIZE]
+    return dealt
 
 
 def train(
@@ -1871,6 +1857,16 @@ def make_trainer(
             best = step and epochs[choose_epoch(epochs, config.goal)] is epochs[-1]
             return {"eval_loss": loss, "eval_best": len(epochs) if best else 0}
 
+        def compute_loss(self, model: Model, inputs: dict, *some: Any, **more: Any) -> Any:
+            if gpu:
+                return super().compute_loss(model, inputs, *some, **more)
+            # TRL's measures entropy too, and multiplies with the head twice: a quarter of an update on a CPU.
+            labels = inputs["labels"][:, 1:]
+            first = int((labels != -100).any(0).nonzero()[0])
+            own = {"shift_labels": labels[:, first:].contiguous()}
+            own["logits_to_keep"] = torch.arange(first, labels.shape[1])
+            return transformers.Trainer.compute_loss(self, model, inputs | own, *some, **more)
+
         def _load_scaler(self, *some: Any) -> None:
             if self.accelerator.scaler:  # none in bf16, where a run may go on that began in fp16
                 super()._load_scaler(*some)
@@ -1902,8 +1898,8 @@ def training_arguments(plan: Plan, config: Config, partial: Path) -> trl.SFTConf
     same = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed")
     # The trainer rounds a share up, and a warm-up begins at a rate of 0: that would be all of --max-steps 1.
     warmup = config.warmup_steps if config.warmup_steps * plan.updates >= 1 else 0
-    # TRL's other loss reads the head's own weight and refuses a head that LoRA wraps.
-    loss = "nll" if "lm_head" in config.target_modules else "chunked_nll"
+    # TRL's other loss reads the head's own weight and refuses a head that LoRA wraps. A CPU has the trainer's own.
+    loss = "nll" if not gpu or "lm_head" in config.target_modules else "chunked_nll"
     return trl.SFTConfig(
         **{name: getattr(config, name) for name in same}, max_steps=plan.updates, warmup_steps=warmup,
         train_sampling_strategy="sequential",  # training_rows() has put them in order
@@ -2929,7 +2925,7 @@ def note_run(partial: Path, config: Config, data: Data) -> None:
         raise BadInput(f"{partial} holds an unfinished run ({checkpoint.name}); {ways}")
     if checkpoint:
         check_checkpoints(partial, checkpoint)
-    free = ("report_to", "max_vram", "output_dir", "data", "require_improvement")
+    free = ("report_to", "max_vram", "fp16", "output_dir", "data", "require_improvement")
     now = {key: value for key, value in config_as_json(config).items() if key not in free}
     sides = {"train": data.train, "held out": data.eval} | ({"test": data.test} if config.split_field else {})
     rows = [(side, row) for side in sides for row in sides[side]]

@@ -400,6 +400,10 @@ ARMS = {
 
 def run_arm(part: str, arm: str, options: argparse.Namespace) -> list[dict] | None:
     """One arm in a process of its own; None if it failed, which the log tells."""
+    if arm == "2-ranks" and len(options.batches) > 1:  # DDP leaves its hooks on a model: the next would sum twice
+        alone = (argparse.Namespace(**vars(options) | {"batches": [batch]}) for batch in options.batches)
+        found = [run_arm(part, arm, one) for one in alone]
+        return None if None in found else [one for [one] in found]
     model = options.model
     if options.random:
         model = str(options.random / ("16-bit" if (part, arm) == ("training", "seed") else "nf4"))

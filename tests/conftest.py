@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # before they are hidden
 sys.path.insert(0, str(ROOT))
 
 import finetune  # noqa: E402
@@ -26,6 +27,12 @@ MISTRAL_TEMPLATE = (  # refuses a system turn and wants strict alternation, as M
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+
+
+def pytest_configure(config):
+    """Only tests marked `gpu` see one, in a process of their own (test_gpu.py): the others are of the CPU's ways."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(config, items):

@@ -328,7 +328,7 @@ def rows_of(run, world: types.SimpleNamespace) -> Iterator[list[Example]]:
     cut = [dataclasses.replace(e, input_ids=e.input_ids[: e.prompt_length + run.tokens]) for e in prompts]
     replay = list(itertools.islice(itertools.cycle(cut), end))
     per_epoch = math.ceil(run.updates / math.ceil(epochs))
-    plan = types.SimpleNamespace(updates=run.updates, batch=4, updates_per_epoch=per_epoch)
+    plan = types.SimpleNamespace(updates=run.updates, batch=4, micro_batch_size=4, updates_per_epoch=per_epoch)
     rows = finetune.training_rows(world.tokenizer, train, replay, plan, config)
     return itertools.cycle([rows[n : n + 4] for n in range(0, len(rows), 4)])
 

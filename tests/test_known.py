@@ -1,5 +1,6 @@
 """Other words, looking up, recall, and what is trained: by rules and arithmetic; the tiny model where one is needed."""
 
+import dataclasses
 import json
 import math
 import random
@@ -420,6 +421,23 @@ def test_max_steps_may_be_fewer_or_more_than_the_epochs(steps, laid_out):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # How it is trained: the tiny model
+
+
+def test_rows_are_dealt_out_to_the_ranks_by_length(laid_out, monkeypatch):
+    *_, plan, _, alone = laid_out(32, effective_batch_size=8)
+    monkeypatch.setattr(finetune, "WORLD_SIZE", 2)
+    micro = plan.micro_batch_size // 2
+    half = dataclasses.replace(plan, micro_batch_size=micro, world_size=2)
+    monkeypatch.setattr(finetune, "make_plan", lambda *_: half)
+    shared = laid_out(32, effective_batch_size=8)[-1]
+    apart = 0
+    for update, same in zip(in_epochs(shared, 8), in_epochs(alone, 8), strict=True):
+        assert sorted(e.input_ids for e in update) == sorted(e.input_ids for e in same)
+        lengths = [len(example.input_ids) for example in update]
+        first, second = (sum(lengths[n] for n in range(8) if n // micro % 2 == rank) for rank in (0, 1))
+        assert abs(first - second) <= (max(lengths) - min(lengths)) * (4 // micro)
+        apart += abs(sum(sorted(lengths)[:4]) - sum(sorted(lengths)[4:]))
+    assert apart > 100  # in order of length one of them would have had all the long ones
 
 
 @pytest.fixture
