@@ -1665,10 +1665,10 @@ def estimate_seconds(config: Config, shape: dict, train: list[Example], plan: Pl
     timer = benchmark.Timer("left @ right", globals={"left": left, "right": right}, num_threads=torch.get_num_threads())
     speed = 2 * left.numel() * 4 * hidden / timer.blocked_autorange(min_run_time=0.25).mean
     # Forward and backward are 4 operations a weight and token, a second forward makes 6; the rest of an update (small
-    # kernels, attention, dropout, optimizer) took as long again where we measured.
+    # kernels, attention, dropout, optimizer) took as long again on the GPUs where we measured, on a CPU 0.6 times.
     operations = (6 if plan.gradient_checkpointing else 4) * (weights.linear + weights.embeddings / 2) * tokens
     rows = plan.batch / plan.world_size
-    update = 2 * operations * rows / speed + 0.3 * plan.gradient_accumulation_steps
+    update = (2 if has_gpu() else 1.6) * operations * rows / speed + 0.3 * plan.gradient_accumulation_steps
     return plan.updates * update
 
 

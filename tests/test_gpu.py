@@ -14,9 +14,10 @@ from conftest import GPUS, ROOT
 
 import finetune
 
-# Two epochs of ten updates, a check after each: what is stopped after the first one still has ten to go.
-FLAGS = "--num-train-epochs 2 --goal style --lora-r 4 --eval-questions 4 --max-new-tokens 8 --replay-fraction 0"
-FLAGS += " --loraplus-lr-ratio 1"  # see test_ranks.py
+# A check after each of six epochs: what is stopped after the first one still has five to go.
+UPDATES = 48
+FLAGS = "--num-train-epochs 6 --goal style --early-stopping-patience 0 --replay-fraction 0 --loraplus-lr-ratio 1"
+FLAGS += " --lora-r 4 --eval-questions 4 --max-new-tokens 8"
 needs_gpu = pytest.mark.skipif(not finetune.has_gpu(), reason="needs a CUDA GPU")
 
 
@@ -77,7 +78,7 @@ def test_a_run_begun_in_fp16_goes_on_in_bf16(start, tmp_path):
     stop_in_training(start("--output-dir", "a", "--fp16"), tmp_path / "a.partial", signal.SIGTERM)
     assert start("--output-dir", "a", "--resume").wait(600) == 0
     assert "precision was float16, is bfloat16" in (tmp_path / "out.txt").read_text()
-    assert len(losses(tmp_path / "a")) == 20
+    assert len(losses(tmp_path / "a")) == UPDATES
 
 
 @pytest.mark.gpu
