@@ -1734,7 +1734,7 @@ def training_rows(
         updates = [near[n : n + plan.batch] for n in range(0, len(near), plan.batch)]
         random.Random(f"{config.seed}:{start}").shuffle(updates)
         ordered += itertools.chain(*updates)
-    # What the ranks read at the same time is dealt out in turn: else the last one would have all the long rows.
+    # Forward by forward, the rows are dealt out to the ranks in turn: else the last rank would have all the long ones.
     together, dealt = plan.micro_batch_size * WORLD_SIZE, []
     for start in range(0, len(ordered), together):
         for rank in range(WORLD_SIZE):
@@ -1860,7 +1860,8 @@ def make_trainer(
         def compute_loss(self, model: Model, inputs: dict, *some: Any, **more: Any) -> Any:
             if gpu:
                 return super().compute_loss(model, inputs, *some, **more)
-            # TRL's measures entropy too, and multiplies with the head twice: a quarter of an update on a CPU.
+            # The trainer's loss, over the columns that hold labels. TRL's own also measures entropy and computes the
+            # logits a second time in the backward pass: a quarter of an update on a CPU.
             labels = inputs["labels"][:, 1:]
             first = int((labels != -100).any(0).nonzero()[0])
             own = {"shift_labels": labels[:, first:].contiguous()}
@@ -1898,7 +1899,7 @@ def training_arguments(plan: Plan, config: Config, partial: Path) -> trl.SFTConf
     same = ("learning_rate", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed")
     # The trainer rounds a share up, and a warm-up begins at a rate of 0: that would be all of --max-steps 1.
     warmup = config.warmup_steps if config.warmup_steps * plan.updates >= 1 else 0
-    # TRL's other loss reads the head's own weight and refuses a head that LoRA wraps. A CPU has the trainer's own.
+    # TRL's chunked loss refuses a head that LoRA wraps, and make_trainer() replaces it on a CPU.
     loss = "nll" if not gpu or "lm_head" in config.target_modules else "chunked_nll"
     return trl.SFTConfig(
         **{name: getattr(config, name) for name in same}, max_steps=plan.updates, warmup_steps=warmup,

@@ -30,7 +30,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Only tests marked `gpu` see one, in a process of their own (test_gpu.py): the others are of the CPU's ways."""
+    """Tests see no GPU, so that they find the same everywhere; test_gpu.py runs those marked `gpu` by themselves."""
     if "gpu" not in config.option.markexpr:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
